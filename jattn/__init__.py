@@ -1,0 +1,44 @@
+"""jattn: attention research for JAX. Pure functions for every variant; names load on first use."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "dot_product_attention": "dot_product",
+    "merge_attentions": "dot_product",
+    "sliding_window_attention": "sparse.sliding_window",
+    "linear_attention": "linear.recurrence",
+    "linear_attention_step": "linear.recurrence",
+    "LinearState": "linear.recurrence",
+    "lightning_attention": "linear.lightning",
+    "lightning_attention_step": "linear.lightning",
+    "lightning_slopes": "linear.lightning",
+    "apply_rotary": "positions",
+    "as_attention_fn": "adapters",
+    "explain": "dispatch",
+    "CATALOG": "catalog",
+    "Entry": "catalog",
+}
+_SUBMODULES = (
+    "adapters", "catalog", "checks", "dispatch", "dot_product", "linear", "masks", "models", "nn", "positions",
+    "sharding", "sparse",
+)  # fmt: skip
+
+__all__ = sorted((*_MODULE_OF, *_SUBMODULES))  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"jattn.{_MODULE_OF[name]}"), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"jattn.{name}")
+    else:
+        raise AttributeError(f"module 'jattn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,126 @@
+"""The catalog: one static tuple with an `Entry` for every variant the library has.
+
+The layer registry, the language model's `pattern`, the property tests, the documentation table and the comparison
+harness all read it. Nothing here imports an op: entries name them, and names load on first use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+Feature = Literal[
+    "bias", "mask", "grouped_heads", "value_dim", "cross", "lse", "segments", "state", "decay", "sinks", "soft_cap"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One attention variant.
+
+    Attributes:
+      name: the word that names it in a `pattern`, on a command line and in the tests.
+      op: where the function is, as "module:name".
+      layer: where the mixer is, likewise, or `None` for an op that is no token mixer.
+      step: where the one-token form is, or `None`.
+      summary: one line for tables.
+      paper: where it is defined.
+      cost: time per head in terms of T, S (lengths), H, V (head dims), C (chunk) and W (window).
+      causality: whether the op "is" causal always, or "may" be by an argument.
+      features: what the op accepts or returns beyond query, key and value.
+      example: options that make a small, meaningful call; the property tests use them.
+      golden: the stem of its golden file, or `None`.
+    """
+
+    name: str
+    op: str
+    summary: str
+    paper: str
+    cost: str
+    causality: Literal["is", "may"]
+    features: frozenset[Feature]
+    layer: str | None = None
+    step: str | None = None
+    example: Mapping[str, Any] = MappingProxyType({})
+    golden: str | None = None
+
+    def load_op(self) -> Callable[..., Any]:
+        return load(self.op)
+
+    def load_layer(self) -> Callable[..., Any]:
+        if self.layer is None:
+            mixers = ", ".join(entry.name for entry in CATALOG if entry.layer)
+            raise ValueError(f"{self.name}: is an op without a layer; the mixers are {mixers}")
+        return load(self.layer)
+
+
+def load(reference: str) -> Any:
+    """The object that "module:name" names."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+CATALOG: tuple[Entry, ...] = (
+    Entry(
+        name="softmax",
+        op="jattn.dot_product:dot_product_attention",
+        layer="jattn.nn.softmax:SoftmaxMixer",
+        summary="softmax attention over any mask",
+        paper="Vaswani et al. 2017, eq. 1",
+        cost="T S (H + V)",
+        causality="may",
+        features=frozenset(
+            {"bias", "mask", "grouped_heads", "value_dim", "cross", "lse", "segments", "sinks", "soft_cap"}
+        ),
+    ),
+    Entry(
+        name="sliding_window",
+        op="jattn.sparse.sliding_window:sliding_window_attention",
+        layer="jattn.nn.softmax:SlidingWindowMixer",
+        summary="softmax attention over the nearest keys",
+        paper="Beltagy et al. 2020, section 3.1",
+        cost="T W (H + V)",
+        causality="may",
+        features=frozenset({"grouped_heads", "value_dim", "cross", "lse", "segments", "sinks", "soft_cap"}),
+        example=MappingProxyType({"window": 5}),
+    ),
+    Entry(
+        name="linear",
+        op="jattn.linear.recurrence:linear_attention",
+        layer="jattn.nn.linear:LinearMixer",
+        step="jattn.linear.recurrence:linear_attention_step",
+        summary="linear attention with constant, per-token or per-channel decay",
+        paper="Katharopoulos et al. 2020, eq. 9; Yang et al. 2024, eq. 3",
+        cost="T (C (H + V) + H V)",
+        causality="may",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
+        golden="gla",
+    ),
+    Entry(
+        name="lightning",
+        op="jattn.linear.lightning:lightning_attention",
+        layer="jattn.nn.linear:LightningMixer",
+        step="jattn.linear.lightning:lightning_attention_step",
+        summary="linear attention with a fixed decay per head",
+        paper="Qin et al. 2024, algorithm 1",
+        cost="T (C (H + V) + H V)",
+        causality="is",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state"}),
+        golden="lightning_attention2",
+    ),
+)
+
+
+def get(name: str) -> Entry:
+    """The entry called `name`; an unknown name raises `ValueError` with the nearest ones."""
+    for entry in CATALOG:
+        if entry.name == name:
+            return entry
+    names = [entry.name for entry in CATALOG]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no attention variant is called {name!r}{hint} The catalog has {', '.join(names)}")
