@@ -122,5 +122,5 @@ def get(name: str) -> Entry:
             return entry
     names = [entry.name for entry in CATALOG]
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"no attention variant is called {name!r}{hint} The catalog has {', '.join(names)}")
