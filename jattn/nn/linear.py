@@ -1,0 +1,241 @@
+"""Linear-attention mixers: constant memory however long the text.
+
+`LightningMixer` is the token mixer of TransNormerLLM and MiniMax (fixed decay per head); `LinearMixer` learns its decay
+from the token (Yang et al. 2024, section 4.4).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jattn import checks
+from jattn.linear.lightning import lightning_attention, lightning_attention_step, lightning_slopes
+from jattn.linear.recurrence import LinearState, linear_attention, linear_attention_step
+from jattn.nn.mixer import Projections
+
+
+class _Gate(nnx.Module):
+    """sigmoid(x W), or sigmoid(x W1 W2) through `rank` channels; no bias and nothing between the two."""
+
+    def __init__(self, width: int, features: int, rank: int | None, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        settings: dict[str, Any] = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.down = None if rank is None else nnx.Linear(width, checks.check_count("gate_rank", rank), **settings)
+        self.up = nnx.Linear(width if rank is None else rank, features, **settings)
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.sigmoid(self.up(x if self.down is None else self.down(x)))
+
+    def flops(self, tokens: int) -> float:
+        layers = [layer for layer in (self.down, self.up) if layer is not None]
+        return 2.0 * tokens * sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def _output_norm(kind: str, features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    checks.check_choice("norm", kind, ("layernorm", "rmsnorm", "srmsnorm"))
+    if kind == "layernorm":
+        return nnx.LayerNorm(features, epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    return nnx.RMSNorm(
+        features, epsilon=1e-6, use_scale=kind == "rmsnorm", dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+class _LinearAttention(nnx.Module):
+    """What the linear mixers share: projections, a norm over all heads together, an output gate, the state."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        norm: Literal["layernorm", "rmsnorm", "srmsnorm"] = "rmsnorm",
+        gate_rank: int | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.projections = Projections(
+            width,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        features = num_heads * self.projections.head_dim
+        self.norm = _output_norm(norm, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate = _Gate(width, features, gate_rank, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def finish(self, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The norm runs over the whole embedding, not head by head (TransNormerLLM's released layer)."""
+        merged = heads.reshape(*heads.shape[:-2], -1)
+        return self.projections.out(self.norm(merged) * self.gate(x))
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> LinearState:
+        """`[B, K, H, H]`, whatever the `capacity`; float32 or wider, whatever the `dtype`."""
+        del capacity
+        p = self.projections
+        shape = (batch, p.num_kv_heads, p.head_dim, p.head_dim)
+        return LinearState(jnp.zeros(shape, checks.accumulator_dtype(dtype)), None)
+
+    def flops(self, batch: int, length: int) -> float:
+        """Of the recurrence; the chunked form does up to `chunk / H` times more work in its matmuls."""
+        p = self.projections
+        tokens = batch * length
+        return p.flops(tokens) + self.gate.flops(tokens) + 4.0 * tokens * p.num_heads * p.head_dim**2
+
+
+class LightningMixer(_LinearAttention):
+    """Lightning Attention-2 as TransNormerLLM uses it (`examples/module/tnl_attn.py` of the released code).
+
+    y = (Norm(lightning(silu(x W_q), silu(x W_k), silu(x W_v))) * sigmoid(x W_1 W_2)) W_o
+
+    Args:
+      width, num_heads, num_kv_heads, head_dim: D, N, K and H; K defaults to N, H to D / N.
+      norm: over all heads together: "layernorm" (the released code), "srmsnorm" (the paper, no parameters), "rmsnorm"
+        (MiniMax).
+      gate_rank: channels between the two gate matrices (released code: H); `None` is one full matrix (MiniMax).
+      slope_variant: which schedule of decays, see `lightning_slopes`.
+      layer_index, num_layers: deeper layers decay less; `layer_index` may be traced.
+
+    State: `LinearState`, `[B, K, H, H]` in float32.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        slope_variant: Literal["repo", "paper", "minimax"] = "repo",
+        layer_index: Any = 0,
+        num_layers: int = 1,
+        **options: Any,
+    ):
+        super().__init__(width, num_heads=num_heads, num_kv_heads=num_kv_heads, **options)
+        slopes = lightning_slopes(self.projections.num_kv_heads, layer_index, num_layers, variant=slope_variant)
+        self.slopes = nnx.Variable(slopes)
+
+    def _heads(self, x: Array) -> tuple[Array, ...]:
+        return tuple(jax.nn.silu(part) for part in self.projections.split(x))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: LinearState | None = None,
+    ) -> tuple[Float[Array, "B T D"], LinearState | None]:
+        query, key, value = self._heads(x)
+        slopes = self.slopes[...]
+        if state is None:
+            return self.finish(x, lightning_attention(query, key, value, slopes, segment_ids=segment_ids)), None
+        if x.shape[1] == 1:
+            out, state = lightning_attention_step(query[:, 0], key[:, 0], value[:, 0], state, slopes)
+            return self.finish(x, out[:, None]), state
+        out, state = lightning_attention(
+            query, key, value, slopes, segment_ids=segment_ids, initial_state=state, return_state=True
+        )
+        return self.finish(x, out), state
+
+
+class LinearMixer(_LinearAttention):
+    """Gated linear attention: the decay of every key channel is computed from the token (Yang et al. 2024, eq. 3).
+
+    log a = log_sigmoid(x W_1 W_2 + b) / normaliser, y = (Norm(attention) * sigmoid(x W)) W_o, keys and queries plain.
+
+    Args:
+      width, num_heads, num_kv_heads, head_dim, norm, gate_rank: as in `LightningMixer`.
+      decay: "channel" for a gate per key channel (GLA), "head" for one per head (Mamba-2 form), "none" for a plain sum.
+      decay_rank: channels between the two matrices of the decay gate (released code: 16).
+      decay_normaliser: divides the log gate, so that a fresh layer forgets slowly (released code: 16).
+      layer_index, num_layers: accepted as every mixer does; not used.
+
+    State: `LinearState`, `[B, K, H, H]` in float32.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        decay: Literal["channel", "head", "none"] = "channel",
+        decay_rank: int = 16,
+        decay_normaliser: float = 16.0,
+        layer_index: Any = 0,
+        num_layers: int = 1,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        del layer_index, num_layers
+        super().__init__(width, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)
+        self.decay = decay
+        self.decay_normaliser = decay_normaliser
+        checks.check_choice("decay", decay, ("channel", "head", "none"))
+        if decay == "none":
+            self.decay_down = self.decay_up = None
+            return
+        heads = self.projections.num_kv_heads
+        features = heads * self.projections.head_dim if decay == "channel" else heads
+        self.decay_down = nnx.Linear(
+            width, decay_rank, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.decay_up = nnx.Linear(decay_rank, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def log_decay(self, x: Float[Array, "B T D"]) -> Array | None:
+        """`[B, T, K, H]`, `[B, T, K]` or `None`; float32 or wider."""
+        if self.decay_down is None or self.decay_up is None:
+            return None
+        gate = self.decay_up(self.decay_down(x))
+        gate = jax.nn.log_sigmoid(gate.astype(checks.accumulator_dtype(x.dtype))) / self.decay_normaliser
+        heads = self.projections.num_kv_heads
+        return gate.reshape(*x.shape[:-1], heads, -1) if self.decay == "channel" else gate
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: LinearState | None = None,
+    ) -> tuple[Float[Array, "B T D"], LinearState | None]:
+        query, key, value = self.projections.split(x)
+        log_decay = self.log_decay(x)
+        scale = self.projections.head_dim**-0.5
+        if state is None:
+            out = linear_attention(
+                query, key, value, log_decay, is_causal=True, scale=scale, segment_ids=segment_ids
+            )
+            return self.finish(x, out), None
+        if x.shape[1] == 1:
+            gate = None if log_decay is None else log_decay[:, 0]
+            out, state = linear_attention_step(query[:, 0], key[:, 0], value[:, 0], state, gate, scale=scale)
+            return self.finish(x, out[:, None]), state
+        out, state = linear_attention(
+            query,
+            key,
+            value,
+            log_decay,
+            is_causal=True,
+            scale=scale,
+            segment_ids=segment_ids,
+            initial_state=state,
+            return_state=True,
+        )
+        return self.finish(x, out), state
+
+    def flops(self, batch: int, length: int) -> float:
+        extra = 0.0
+        if self.decay_down is not None and self.decay_up is not None:
+            layers = (self.decay_down, self.decay_up)
+            extra = 2.0 * batch * length * sum(layer.in_features * layer.out_features for layer in layers)
+        return super().flops(batch, length) + extra
