@@ -45,7 +45,7 @@ def bind_shapes(*specs: tuple[str, Any, str], **known: int) -> dict[str, int]:
         wanted = letters.split()
         if len(x.shape) != len(wanted):
             raise ValueError(
-                f"{name}: expected {len(wanted)} dimensions [{', '.join(wanted)}], got {len(x.shape)} in {tuple(x.shape)}"
+                f"{name}: expected {len(wanted)} dimensions [{', '.join(wanted)}], got shape {tuple(x.shape)}"
             )
         for letter, size in zip(wanted, x.shape, strict=True):
             expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
@@ -62,7 +62,9 @@ def check_floating(**arrays: Any) -> None:
     """Every array given has a real floating dtype."""
     for name, x in arrays.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}; cast it with {name}.astype(jnp.float32)")
+            raise TypeError(
+                f"{name}: expected a floating dtype, got {x.dtype}; cast it with {name}.astype(jnp.float32)"
+            )
 
 
 def check_same_dtype(**arrays: Any) -> None:
@@ -131,6 +133,4 @@ def check_broadcastable(name: str, x: Any, shape: tuple[int, ...], letters: str)
     check_array(name, x)
     wanted = letters.split()
     if len(x.shape) != len(shape) or any(a not in (1, b) for a, b in zip(x.shape, shape, strict=True)):
-        raise ValueError(
-            f"{name}: expected [{', '.join(wanted)}] = {shape}, each size may be 1, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected [{', '.join(wanted)}] = {shape}, each size may be 1, got {tuple(x.shape)}")

@@ -85,9 +85,7 @@ def _candidates(op: str, table: dict[str, Implementation], choice: Choice) -> li
     return [full for name in names for full in _EXPANSION.get(name, (name,))]
 
 
-def dispatch(
-    op: str, implementations: Sequence[Implementation], choice: Choice, *arrays: Any, **options: Any
-) -> Any:
+def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice, *arrays: Any, **options: Any) -> Any:
     """Run the implementation of `op` that `choice` names or, for `None`, the first that fits each platform.
 
     Args:

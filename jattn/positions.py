@@ -1,7 +1,7 @@
 """Position functions: rotary embedding.
 
-Channel pair i of a head is turned by the angle m * w_i at position m, w_i = theta ** (-2 i / D) (Su et al. 2021, eq. 34), so
-that the product of a query at m and a key at n depends on m - n only.
+Channel pair i of a head is turned by the angle m * w_i at position m, w_i = theta ** (-2 i / D) (Su et al. 2021, eq.
+34), so that the product of a query at m and a key at n depends on m - n only.
 """
 
 from __future__ import annotations

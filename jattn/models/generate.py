@@ -1,7 +1,7 @@
 """Sampling text from a language model, one token at a time, in memory that its mixers bound.
 
-Logits pass, in this order, through temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020) and min-p (Nguyen et
-al. 2024) before a token is drawn.
+Logits pass, in this order, through temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020) and min-p
+(Nguyen et al. 2024) before a token is drawn.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def generate(
     graph, weights = nnx.split(model)
     state = model.init_state(len(rows), longest + max_new_tokens)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(rows)))
-    logits, state = _prefill(graph, weights, jnp.asarray(padded[:, :shortest]), state)
+    logits, state = _read(graph, weights, jnp.asarray(padded[:, :shortest]), state)
 
     stops = np.asarray(list(stop_tokens), np.int32)
     new: list[list[int]] = [[] for _ in rows]
@@ -116,7 +116,7 @@ def generate(
             on_token(np.where(writing, tokens, -1))
         if done.all():
             break
-        logits, state = _decode(graph, weights, jnp.asarray(tokens, jnp.int32), state)
+        logits, state = _read(graph, weights, jnp.asarray(tokens, jnp.int32)[:, None], state)
     return new
 
 
@@ -146,24 +146,11 @@ def _check_options(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _prefill(graph: Any, weights: Any, tokens: Int[Array, "B P"], state: LMState) -> tuple[Array, LMState]:
+def _read(graph: Any, weights: Any, tokens: Int[Array, "B T"], state: LMState) -> tuple[Array, LMState]:
+    """The logits after the last token, and the state there: prefill for many tokens, a decode step for one."""
     model = nnx.merge(graph, weights)
     hidden, state = model.hidden(tokens, state=state)
-    return _last_logits(model, hidden), state
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode(graph: Any, weights: Any, token: Int[Array, " B"], state: LMState) -> tuple[Array, LMState]:
-    model = nnx.merge(graph, weights)
-    hidden, state = model.hidden(token[:, None], state=state)
-    return _last_logits(model, hidden), state
-
-
-def _last_logits(model: LM, hidden: Float[Array, "B T D"]) -> Float[Array, "B vocab"]:
-    dtype = checks.accumulator_dtype(hidden.dtype)
-    logits = jnp.einsum("bd,dv->bv", hidden[:, -1], model.head_matrix().astype(hidden.dtype), preferred_element_type=dtype)
-    cap = model.config.logits_soft_cap
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+    return model.logits(hidden[:, -1:])[:, 0], state
 
 
 @partial(jax.jit, static_argnums=3)

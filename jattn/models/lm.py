@@ -2,8 +2,8 @@
 
     h = embed(tokens);  h = h + mixer_l(norm(h)), h = h + mlp(norm(h)) for every layer l;  logits = norm(h) W_head
 
-`pattern = ("lightning", "lightning", "sliding_window")` repeats until `num_layers` is reached. One repetition is a *unit*;
-the parameters of all units are stacked and the units are scanned, so 24 layers compile about as fast as 6.
+`pattern = ("lightning", "lightning", "sliding_window")` repeats until `num_layers` is reached. One repetition is a
+*unit*; the parameters of all units are stacked and the units are scanned, so 24 layers compile about as fast as 6.
 """
 
 from __future__ import annotations
@@ -156,17 +156,16 @@ class LM(nnx.Module):
         build = nnx.vmap(lambda key, index: Unit(config, index, rngs=nnx.Rngs(params=key)), in_axes=(0, 0))
         self.units = build(keys, jnp.arange(config.num_units))
         self.norm = make_norm(config.norm, config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.head = None
-        if not config.tied:
-            self.head = nnx.Linear(
-                config.width,
-                config.vocab_size,
-                use_bias=False,
-                kernel_init=nnx.initializers.zeros,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
+        head = nnx.Linear(
+            config.width,
+            config.vocab_size,
+            use_bias=False,
+            kernel_init=nnx.initializers.zeros,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.head = None if config.tied else head
 
     def head_matrix(self) -> Float[Array, "D vocab"]:
         """The output matrix, in the parameters' dtype."""
@@ -211,15 +210,18 @@ class LM(nnx.Module):
             return x, None
         return x, LMState(mixers, positions[:, -1] + 1)
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], **context: Any
-    ) -> tuple[Float[Array, "B T vocab"], LMState | None]:
+    def __call__(self, tokens: Int[Array, "B T"], **context: Any) -> tuple[Float[Array, "B T vocab"], LMState | None]:
         """Logits in float32 (or wider) and the state; keywords as in `hidden`."""
         x, state = self.hidden(tokens, **context)
-        dtype = checks.accumulator_dtype(x.dtype)
-        logits = jnp.einsum("btd,dv->btv", x, self.head_matrix().astype(x.dtype), preferred_element_type=dtype)
+        return self.logits(x), state
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
+        """The head, in float32 (or wider)."""
+        dtype = checks.accumulator_dtype(hidden.dtype)
+        matrix = self.head_matrix().astype(hidden.dtype)
+        logits = jnp.einsum("btd,dv->btv", hidden, matrix, preferred_element_type=dtype)
         cap = self.config.logits_soft_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap), state
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def loss(
         self,
@@ -238,20 +240,14 @@ class LM(nnx.Module):
         checks.check_count("batch", batch)
         checks.check_count("capacity", capacity)
         dtype = jnp.dtype(self.config.dtype) if dtype is None else dtype
-        unit = self._one_unit()
-        one = tuple(block.mixer.init_state(batch, capacity, dtype) for block in unit.blocks)
+        one = tuple(block.mixer.init_state(batch, capacity, dtype) for block in self.units.blocks)
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_units, *x.shape)), one)
         return LMState(stacked, jnp.zeros((batch,), jnp.int32))
 
     def flops(self, batch: int, length: int) -> float:
-        """Multiply-adds times two of one forward pass over `[batch, length]` tokens; training takes three times that."""
-        unit = self._one_unit()
+        """Multiply-adds times two of a forward pass over `[batch, length]` tokens; training takes three times that."""
         head = 2.0 * batch * length * self.config.width * self.config.vocab_size
-        return head + self.config.num_units * sum(block.flops(batch, length) for block in unit.blocks)
-
-    def _one_unit(self) -> Unit:
-        graph, parameters = nnx.split(self.units)
-        return nnx.merge(graph, jax.tree.map(lambda x: x[0], parameters))
+        return head + self.config.num_units * sum(block.flops(batch, length) for block in self.units.blocks)
 
 
 def count_parameters(model: nnx.Module) -> int:

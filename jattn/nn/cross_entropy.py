@@ -1,7 +1,7 @@
 """Cross-entropy of a large vocabulary, a slice of tokens at a time.
 
-loss_t = logsumexp_v(x_t . W_v) - x_t . W_{y_t}. The `[tokens, vocabulary]` logits exist for one slice only, in the forward
-pass and in the backward pass, which makes them again.
+loss_t = logsumexp_v(x_t . W_v) - x_t . W_{y_t}. The `[tokens, vocabulary]` logits exist for one slice only, in the
+forward pass and in the backward pass, which makes them again.
 """
 
 from __future__ import annotations

@@ -120,8 +120,9 @@ class LightningMixer(_LinearAttention):
         **options: Any,
     ):
         super().__init__(width, num_heads=num_heads, num_kv_heads=num_kv_heads, **options)
-        slopes = lightning_slopes(self.projections.num_kv_heads, layer_index, num_layers, variant=slope_variant)
-        self.slopes = nnx.Variable(slopes)
+        heads = self.projections.num_kv_heads
+        table = [lightning_slopes(heads, layer, num_layers, variant=slope_variant) for layer in range(num_layers)]
+        self.slopes = nnx.Variable(jnp.stack(table)[layer_index])
 
     def _heads(self, x: Array) -> tuple[Array, ...]:
         return tuple(jax.nn.silu(part) for part in self.projections.split(x))
@@ -186,9 +187,7 @@ class LinearMixer(_LinearAttention):
             return
         heads = self.projections.num_kv_heads
         features = heads * self.projections.head_dim if decay == "channel" else heads
-        self.decay_down = nnx.Linear(
-            width, decay_rank, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.decay_down = nnx.Linear(width, decay_rank, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.decay_up = nnx.Linear(decay_rank, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def log_decay(self, x: Float[Array, "B T D"]) -> Array | None:
@@ -212,9 +211,7 @@ class LinearMixer(_LinearAttention):
         log_decay = self.log_decay(x)
         scale = self.projections.head_dim**-0.5
         if state is None:
-            out = linear_attention(
-                query, key, value, log_decay, is_causal=True, scale=scale, segment_ids=segment_ids
-            )
+            out = linear_attention(query, key, value, log_decay, is_causal=True, scale=scale, segment_ids=segment_ids)
             return self.finish(x, out), None
         if x.shape[1] == 1:
             gate = None if log_decay is None else log_decay[:, 0]

@@ -1,7 +1,7 @@
 """The protocol of a token mixer, and the projections that most mixers share.
 
-A mixer maps `[B, T, D]` to `[B, T, D]`. Given a state it goes on from there, so prefill followed by decoding one token at a
-time gives what one parallel call over the whole gives.
+A mixer maps `[B, T, D]` to `[B, T, D]`. Given a state it goes on from there, so prefill followed by decoding one token
+at a time gives what one parallel call over the whole gives.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ State = Any
 class Mixer(Protocol):
     """What a layer must offer to stand in a language model's `pattern`.
 
-    Its constructor takes `(width, *, num_heads, num_kv_heads, head_dim, layer_index, num_layers, dtype, param_dtype, rngs)`
-    and options of its own. `layer_index` may be traced: a scanned model builds all its layers at once.
+    Its constructor takes `(width, *, num_heads, num_kv_heads, head_dim, layer_index, num_layers, dtype, param_dtype,
+    rngs)` and options of its own. `layer_index` may be traced: a scanned model builds all its layers at once.
     """
 
     def __call__(
@@ -79,7 +79,13 @@ class Projections(nnx.Module):
 
         def linear(features_in: int, features_out: int, init: Any) -> nnx.Linear:
             return nnx.Linear(
-                features_in, features_out, use_bias=False, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+                features_in,
+                features_out,
+                use_bias=False,
+                kernel_init=init,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
             )
 
         fan_in = nnx.initializers.lecun_normal()

@@ -109,7 +109,8 @@ class SoftmaxMixer(_Attention):
       rope_theta: base of the rotary wavelengths, `None` for no positions.
       layer_index, num_layers: accepted as every mixer does; not used.
 
-    State: a `KVCache` of `capacity` slots. Tokens beyond the capacity overwrite the oldest: `generate` refuses to go there.
+    State: a `KVCache` of `capacity` slots. Tokens beyond the capacity overwrite the oldest: `generate` refuses to go
+    there.
     """
 
     def __init__(self, width: int, *, layer_index: Any = 0, num_layers: int = 1, **options: Any):
@@ -187,10 +188,9 @@ class SlidingWindowMixer(_Attention):
         capacity = state.position.shape[1]
         new = write_cache(state, key, value, last_segment(segment_ids, positions))
         if x.shape[1] == 1:
-            visible = (new.position > state.count[:, None] - self.window)[:, None, None, :] & (
-                new.position >= 0
-            )[:, None, None, :]
-            out = dot_product_attention(query, new.key.astype(key.dtype), new.value.astype(value.dtype), mask=visible)
+            visible = (new.position > state.count[:, None] - self.window) & (new.position >= 0)
+            keys, values = new.key.astype(key.dtype), new.value.astype(value.dtype)
+            out = dot_product_attention(query, keys, values, mask=visible[:, None, None, :])
             return self.projections.merge(out), new
         # The ring in order of age stands before the new tokens, so that the window is a band again.
         slots = (state.count[:, None] + jnp.arange(capacity)) % capacity

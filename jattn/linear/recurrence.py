@@ -1,0 +1,425 @@
+"""Linear attention: one recurrence over tokens, with or without decay, normalised or not.
+
+    S_t = diag(exp g_t) S_{t-1} + k_t v_t^T           [H, V], key index first
+    z_t = exp(g_t) * z_{t-1} + k_t                    [H], only when normalised
+    o_t = scale * S_t^T q_t                           not normalised
+    o_t = scale * S_t^T q_t / (scale * q_t . z_t + eps)
+
+The gates g_t <= 0 are logarithms of decays: none, one per head, one per token and head, or one per token and
+channel. The normaliser is one more value channel that holds ones, so [S | z] is carried as one state. Without a
+causal order every query reads the sum over all keys; with decay that sum weighs key j for query t by exp(-|b_t -
+b_j|), b = cumsum g.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jattn import checks
+from jattn.dispatch import Choice, Implementation, dispatch
+from jattn.linear import chunked
+
+MIN_LOG_DECAY = -1e4
+EpsMode = Literal["denominator", "z"]
+
+
+class LinearState(NamedTuple):
+    """What a linear layer remembers: `S [B, K, H, V]` and, when normalised, `z [B, K, H]`; in the accumulator dtype."""
+
+    S: Float[Array, "B K H V"]
+    z: Float[Array, "B K H"] | None
+
+
+def linear_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    log_decay: Float[Array, " K"] | Float[Array, "B S K"] | Float[Array, "B S K H"] | None = None,
+    mask: Bool[Array, "B 1 1 S"] | None = None,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    eps_mode: EpsMode = "denominator",
+    reverse: bool = False,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: LinearState | None = None,
+    return_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: Choice = None,
+) -> Any:
+    """Linear attention, linear in the length (Katharopoulos et al. 2020, eq. 9; gates: Yang et al. 2024, eq. 3).
+
+    Query head n reads key and value head `n // (N // K)`. Feature maps, if any, are the caller's.
+
+    Args:
+      query, key, value: of one floating dtype. T and S may differ when `is_causal=False` and there is no decay.
+      log_decay: natural logarithm, at most 0, of the decay of the state before a token is added. `[K]` is one constant
+        per head, `[B, S, K]` one per token and head, `[B, S, K, H]` one per key channel too. Values below -10000 count
+        as -10000: the state is forgotten. The dtype may differ from that of `query`.
+      mask: key padding, `[B, 1, 1, S]`, True for a real token. A padded token adds nothing and decays nothing.
+      is_causal: a token sees itself and the tokens before it; `False`: all tokens, gates counted between the two.
+      scale: multiplies the query; `None` means 1.
+      normalize: divide by the summed weights. Keys and queries should be non-negative features.
+      eps: added to the denominator (`eps_mode="denominator"`, flash-linear-attention with 1e-10) or to every component
+        of z (`"z"`, performer-pytorch with 1e-6). A row whose denominator is 0 gives 0.
+      reverse: a token sees itself and the tokens after it; equals flipping every argument and the output along time.
+      segment_ids: packed sequences, non-decreasing along time; a token sees its own segment only. The initial state
+        belongs to the first token's segment, the state returned to the last token's (the other way round in reverse).
+      initial_state: state before the first token, of the accumulator dtype (float32, float64 for float64 operands).
+      return_state: also return the state after the last token. Without causal order, decay and segments have no state.
+      chunk_size: tokens per chunk, a power of two; `None` chooses.
+      implementation: "xla" works in chunks, "reference" token by token; see `jattn.explain`.
+
+    Returns:
+      `[B, T, N, V]` in the query's dtype, or `(that, LinearState)`.
+
+    Raises:
+      TypeError: a wrong dtype or type. ValueError: a wrong shape, option or combination of them.
+    """
+    sizes = checks.bind_shapes(("query", query, "B T N H"), ("key", key, "B S K H"), ("value", value, "B S K V"))
+    checks.check_floating(query=query)
+    checks.check_same_dtype(query=query, key=key, value=value)
+    checks.check_grouped_heads(sizes["N"], sizes["K"])
+    checks.check_no_empty(sizes, "BTSHV")
+    _check_options(normalize, eps, eps_mode)
+    _check_log_decay(log_decay, sizes, ("K", "B S K", "B S K H"))
+    _check_padding_mask(mask, sizes)
+    _check_segment_ids(segment_ids, sizes)
+    _check_state(initial_state, query, sizes, normalize)
+    _check_chunk_size(chunk_size)
+    has_state = initial_state is not None or return_state
+    _check_order(sizes, is_causal, reverse, log_decay is not None, segment_ids is not None, has_state)
+    operands = (query, key, value, log_decay, mask, segment_ids, initial_state)
+    out, state = dispatch(
+        "linear_attention",
+        _IMPLEMENTATIONS,
+        implementation,
+        *jax.tree.map(jnp.asarray, operands),
+        is_causal=is_causal,
+        scale=_scale(scale),
+        normalize=normalize,
+        eps=eps,
+        eps_mode=eps_mode,
+        reverse=reverse,
+        chunk_size=chunk_size,
+    )
+    return (out, state) if return_state else out
+
+
+def linear_attention_step(
+    query: Float[Array, "B N H"],
+    key: Float[Array, "B K H"],
+    value: Float[Array, "B K V"],
+    state: LinearState,
+    log_decay: Float[Array, " K"] | Float[Array, "B K"] | Float[Array, "B K H"] | None = None,
+    *,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    eps_mode: EpsMode = "denominator",
+) -> tuple[Float[Array, "B N V"], LinearState]:
+    """One token of causal `linear_attention`: the arguments without their time axis, and the state made explicit.
+
+    Returns:
+      `[B, N, V]` in the query's dtype, and the state to pass with the next token. Donate `state` to update it in place.
+
+    Raises:
+      TypeError, ValueError: as `linear_attention`.
+    """
+    sizes = checks.bind_shapes(("query", query, "B N H"), ("key", key, "B K H"), ("value", value, "B K V"))
+    checks.check_floating(query=query)
+    checks.check_same_dtype(query=query, key=key, value=value)
+    checks.check_grouped_heads(sizes["N"], sizes["K"])
+    _check_options(normalize, eps, eps_mode)
+    _check_log_decay(log_decay, sizes, ("K", "B K", "B K H"))
+    if state is None:
+        raise TypeError("state: expected a LinearState, got None; start from LinearState(zeros [B, K, H, V], None)")
+    _check_state(state, query, sizes, normalize, name="state")
+
+    S, z = state
+    accumulator = S.dtype
+    k = key.astype(accumulator)
+    update = k[..., None] * value.astype(accumulator)[..., None, :]
+    if log_decay is None:
+        S, z = S + update, None if z is None else z + k
+    else:
+        kept = jnp.exp(_clamp(log_decay, accumulator))
+        kept = kept.reshape(*(kept.shape if kept.ndim == 3 else (*kept.shape, 1)))  # [K, 1], [B, K, 1] or [B, K, H]
+        S, z = kept[..., None] * S + update, None if z is None else kept * z + k
+    q = query.astype(accumulator).reshape(sizes["B"], sizes["K"], -1, sizes["H"])
+    out = _scale(scale) * jnp.einsum("bkgh,bkhv->bkgv", q, S)
+    if z is not None:
+        weights = _scale(scale) * jnp.einsum("bkgh,bkh->bkg", q, z)
+        out = _normalized(out, weights, q, _scale(scale), eps, eps_mode)
+    return out.reshape(sizes["B"], sizes["N"], -1).astype(query.dtype), LinearState(S, z)
+
+
+def token_scan(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    log_decay: Float[Array, " ..."],
+    segment_ids: Int[Array, "B T"] | None,
+    state: Float[Array, "B K H V"],
+    *,
+    scale: float,
+    chunk_size: int | None,
+    out_dtype: Any,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B K H V"]]:
+    """The recurrence as it stands, one token after another: the definition that faster forms are held to."""
+    del chunk_size
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (batch, length, kv_heads))
+    gates = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+    if segment_ids is None:
+        starts = jnp.zeros((batch, length), bool)
+    else:
+        starts = segment_ids != jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+
+    def step(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v, gate, starts = token
+        kept = jnp.where(starts[:, None, None], 0, jnp.exp(gate))
+        state = kept[..., None] * state + k[..., None] * v[..., None, :]
+        return state, (scale * jnp.einsum("bkgh,bkhv->bkgv", q, state)).astype(out_dtype)
+
+    grouped = query.reshape(batch, length, kv_heads, -1, width)
+    tokens = (*(x.astype(state.dtype) for x in (grouped, key, value, gates)), starts)
+    state, out = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, length, heads, -1), state
+
+
+def _attend(
+    causal: Callable[..., tuple[Array, Array]],
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    mask: Array | None,
+    segment_ids: Array | None,
+    initial_state: LinearState | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    normalize: bool,
+    eps: float,
+    eps_mode: EpsMode,
+    reverse: bool,
+    chunk_size: int | None,
+) -> tuple[Array, LinearState]:
+    """The whole op from a kernel of the causal, unnormalised recurrence.
+
+    `causal(query, key, value, log_decay, segment_ids, state, *, scale, chunk_size, out_dtype) -> (out, state)` takes
+    `log_decay` of shape [K], [B, T, K] or [B, T, K, H] and a state, both in the accumulator dtype.
+    """
+    accumulator = checks.accumulator_dtype(query.dtype)
+    needs_order = is_causal or log_decay is not None or segment_ids is not None
+    log_decay = jnp.zeros(key.shape[2], accumulator) if log_decay is None else _clamp(log_decay, accumulator)
+    if mask is not None:
+        real = jnp.broadcast_to(mask[:, 0, 0, :, None], (*key.shape[:2], 1))
+        key, value = (jnp.where(real[..., None], x, 0) for x in (key, value))
+        log_decay = jnp.where(real if log_decay.ndim < 4 else real[..., None], log_decay, 0)
+    if normalize:
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    state = _packed(initial_state, key, value, accumulator)
+    out_dtype = query.dtype if is_causal and not normalize else accumulator
+    run = functools.partial(causal, scale=scale, chunk_size=chunk_size, out_dtype=out_dtype)
+
+    if not needs_order:
+        state += jnp.einsum("bskh,bskv->bkhv", key, value, preferred_element_type=accumulator)
+        out = scale * _read(query, state)
+    elif is_causal:
+        flip = functools.partial(jnp.flip, axis=1) if reverse else lambda x: x
+        time = [flip(query), flip(key), flip(value), log_decay if log_decay.ndim == 1 else flip(log_decay)]
+        out, state = run(*time, None if segment_ids is None else flip(segment_ids), state)
+        out = flip(out)
+    else:
+        out = _both_ways(run, query, key, value, log_decay, segment_ids, state, scale)
+
+    if normalize:
+        out, weights = out[..., :-1], out[..., -1]
+        out = _normalized(out, weights, query.astype(accumulator), scale, eps, eps_mode)
+        return out.astype(query.dtype), LinearState(state[..., :-1], state[..., -1])
+    return out.astype(query.dtype), LinearState(state, None)
+
+
+def _both_ways(
+    run: Callable[..., tuple[Array, Array]],
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array,
+    segment_ids: Array | None,
+    state: Array,
+    scale: float,
+) -> Array:
+    """Forward plus backward in time, less the token itself, which both count.
+
+    The gate of token t + 1 lies between t and t + 1, so backward it is the gate of token t.
+    """
+    forward, _ = run(query, key, value, log_decay, segment_ids, state)
+    if log_decay.ndim > 1:
+        log_decay = jnp.flip(jnp.concatenate([log_decay[:, 1:], jnp.zeros_like(log_decay[:, :1])], axis=1), axis=1)
+    ids = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
+    backward, _ = run(*(jnp.flip(x, axis=1) for x in (query, key, value)), log_decay, ids, state)
+    batch, length, kv_heads, width = key.shape
+    grouped = query.reshape(batch, length, kv_heads, -1, width)
+    own = scale * jnp.einsum("btkgh,btkh->btkg", grouped, key, preferred_element_type=state.dtype)
+    own = (own[..., None] * value.astype(state.dtype)[:, :, :, None]).reshape(forward.shape)
+    return forward + jnp.flip(backward, axis=1) - own
+
+
+def _read(query: Array, state: Array) -> Array:
+    """[B, T, N, V]: what every query reads from one state."""
+    batch, length, heads, width = query.shape
+    grouped = query.reshape(batch, length, state.shape[1], -1, width)
+    out = jnp.einsum("btkgh,bkhv->btkgv", grouped, state.astype(query.dtype), preferred_element_type=state.dtype)
+    return out.reshape(batch, length, heads, -1)
+
+
+def _normalized(out: Array, weights: Array, query: Array, scale: float, eps: float, eps_mode: EpsMode) -> Array:
+    """out / (weights + eps), where "z" stands for an eps beside every component of z; 0 where the denominator is 0."""
+    denominator = weights + (eps if eps_mode == "denominator" else scale * eps * jnp.sum(query, axis=-1))
+    is_empty = denominator == 0
+    return jnp.where(is_empty[..., None], 0, out / jnp.where(is_empty, 1, denominator)[..., None])
+
+
+def _packed(state: LinearState | None, key: Array, value: Array, accumulator: Any) -> Array:
+    """[S | z] in the accumulator dtype; zeros when there is no state yet."""
+    # Zeros made from the operands lie on a mesh as these do, which the carry of a scan must do from its start.
+    zeros = jnp.zeros_like(key[:, 0, :, :, None] * value[:, 0, :, None, :], dtype=accumulator)
+    if state is None:
+        return zeros
+    return zeros + (state.S if state.z is None else jnp.concatenate([state.S, state.z[..., None]], axis=-1))
+
+
+def _clamp(log_decay: Array, accumulator: Any) -> Array:
+    return jnp.maximum(log_decay.astype(accumulator), MIN_LOG_DECAY)
+
+
+def _scale(scale: float | None) -> float:
+    return 1.0 if scale is None else _number("scale", scale)
+
+
+def _number(name: str, x: Any) -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a Python number, got {type(x).__name__}")
+    return float(x)
+
+
+def _is_known(x: Any) -> bool:
+    """The values of `x` can be looked at now; those of a traced array can not."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _check_options(normalize: bool, eps: float, eps_mode: str) -> None:
+    checks.check_choice("normalize", normalize, (True, False))
+    checks.check_choice("eps_mode", eps_mode, ("denominator", "z"))
+    if _number("eps", eps) < 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+
+
+def _check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None:
+        size = checks.check_count("chunk_size", chunk_size)
+        if size & (size - 1):
+            raise ValueError(
+                f"chunk_size: expected a power of two, got {size}; the nearest are {1 << size.bit_length() - 1} and "
+                f"{1 << size.bit_length()}"
+            )
+
+
+def _check_log_decay(log_decay: Any, sizes: dict[str, int], layouts: tuple[str, ...]) -> None:
+    if log_decay is None:
+        return
+    checks.check_array("log_decay", log_decay)
+    checks.check_floating(log_decay=log_decay)
+    wanted = [tuple(sizes[letter] for letter in layout.split()) for layout in layouts]
+    if tuple(log_decay.shape) not in wanted:
+        options = " or ".join(f"[{', '.join(a.split())}] = {b}" for a, b in zip(layouts, wanted, strict=True))
+        raise ValueError(f"log_decay: expected {options}, got {tuple(log_decay.shape)}")
+    if _is_known(log_decay) and bool(jnp.any(log_decay > 0)):
+        raise ValueError(
+            f"log_decay: expected logarithms of decays, at most 0, got a maximum of {float(jnp.max(log_decay)):.4g}; "
+            f"pass -slopes, or jax.nn.log_sigmoid of a gate's logits"
+        )
+
+
+def _check_padding_mask(mask: Any, sizes: dict[str, int]) -> None:
+    if mask is None:
+        return
+    wanted = (sizes["B"], 1, 1, sizes["S"])
+    honours = (
+        "linear attention has no scores to mask one by one: it honours key padding, a boolean array [B, 1, 1, S], and "
+        "has is_causal= and segment_ids= for the rest"
+    )
+    if not isinstance(mask, (jax.Array, np.ndarray)):
+        raise ValueError(f"mask: expected an array of shape {wanted}, got {type(mask).__name__}; {honours}")
+    if mask.shape not in (wanted, (1, *wanted[1:])):
+        raise ValueError(f"mask: expected the shape {wanted}, got {tuple(mask.shape)}; {honours}")
+    if mask.dtype != bool:
+        raise ValueError(f"mask: expected booleans, got {mask.dtype}; {honours}")
+
+
+def _check_segment_ids(segment_ids: Any, sizes: dict[str, int]) -> None:
+    if segment_ids is None:
+        return
+    checks.bind_shapes(("segment_ids", segment_ids, "B T"), **sizes)
+    checks.check_integer(segment_ids=segment_ids)
+    if _is_known(segment_ids) and bool(jnp.any(segment_ids[:, 1:] < segment_ids[:, :-1])):
+        raise ValueError("segment_ids: expected numbers that never decrease along time; number the sequences in order")
+
+
+def _check_state(state: Any, query: Array, sizes: dict[str, int], normalize: bool, name: str = "initial_state") -> None:
+    if state is None:
+        return
+    if not isinstance(state, LinearState):
+        raise TypeError(f"{name}: expected a LinearState(S, z), got {type(state).__name__}")
+    checks.bind_shapes((f"{name}.S", state.S, "B K H V"), (f"{name}.z", state.z, "B K H"), **sizes)
+    if normalize != (state.z is not None):
+        raise ValueError(
+            f"{name}.z: normalize={normalize} {'needs' if normalize else 'has no use for'} the sum of keys [B, K, H], "
+            f"got {None if state.z is None else tuple(state.z.shape)}"
+        )
+    accumulator = checks.accumulator_dtype(query.dtype)
+    for field, x in zip("Sz", state, strict=True):
+        if x is not None and x.dtype != accumulator:
+            raise TypeError(f"{name}.{field}: expected dtype {accumulator}, in which states are kept, got {x.dtype}")
+
+
+def _check_order(
+    sizes: dict[str, int], is_causal: bool, reverse: bool, has_decay: bool, has_segments: bool, has_state: bool
+) -> None:
+    checks.check_choice("is_causal", is_causal, (True, False))
+    checks.check_choice("reverse", reverse, (True, False))
+    lengths = f"{sizes['T']} queries and {sizes['S']} keys"
+    if is_causal:
+        if sizes["T"] != sizes["S"]:
+            raise ValueError(f"is_causal: the order needs one key for every query, got {lengths}; pass is_causal=False")
+        return
+    if reverse:
+        raise ValueError("reverse: turns a causal order around, but is_causal=False has none; leave one of them out")
+    needs_positions = " and ".join(["log_decay"] * has_decay + ["segment_ids"] * has_segments)
+    if needs_positions and sizes["T"] != sizes["S"]:
+        raise ValueError(f"{needs_positions}: with is_causal=False it needs a key for every query, got {lengths}")
+    if needs_positions and has_state:
+        raise ValueError(
+            f"initial_state, return_state: with is_causal=False and {needs_positions} no single state exists; "
+            f"run both directions with is_causal=True and reverse="
+        )
+
+
+_IMPLEMENTATIONS = (
+    Implementation("xla", functools.partial(_attend, chunked.causal)),
+    Implementation("reference", functools.partial(_attend, token_scan)),
+)

@@ -1,0 +1,264 @@
+"""The same ops on a mesh, split by batch, by heads and along the sequence.
+
+`shard_attention(op, mesh, ...)` gives a function that takes and returns global arrays. Batch and heads are
+independent. Along the sequence (context parallelism) a device holds a piece of the tokens and
+- linear attention exchanges states: S_in[i] = S[i-1] + decay[i-1] * S_in[i-1], one `[H, V]` state per head and device;
+- a sliding window fetches the keys and values within reach of its neighbours (a halo exchange);
+- softmax attention passes keys and values round a ring and merges the partial results by their log-sum-exp (Liu et al.
+2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jattn import masks
+from jattn.dot_product import dot_product_attention, merge_attentions
+from jattn.linear.lightning import lightning_attention
+from jattn.linear.recurrence import LinearState, linear_attention
+from jattn.sparse.sliding_window import sliding_window_attention
+
+Axes = str | Sequence[str] | None
+
+
+def shard_attention(
+    op: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    batch: Axes = None,
+    heads: Axes = None,
+    context: str | None = None,
+    **options: Any,
+) -> Callable[..., Float[Array, "B T N V"]]:
+    """`op` over the axes of `mesh`.
+
+    Args:
+      op: `dot_product_attention`, `sliding_window_attention`, `linear_attention` or `lightning_attention`.
+      mesh: the devices.
+      batch, heads: mesh axes that split B, and N and K; every size must divide.
+      context: the mesh axis that splits the sequence into consecutive pieces of equal length.
+      options: static options of the op.
+
+    Returns:
+      `f(query, key, value, segment_ids=None, log_decay=None, slopes=None)` on global arrays. Only the array arguments
+      that the op has may be given.
+
+    Raises:
+      NotImplementedError: a combination with `context` that is not made: the message names it.
+      ValueError: sizes that do not divide over the mesh.
+    """
+    table = {
+        dot_product_attention: _ring,
+        sliding_window_attention: _halo,
+        linear_attention: _state_scan,
+        lightning_attention: _lightning_scan,
+    }
+    if op not in table:
+        names = ", ".join(known.__name__ for known in table)
+        raise ValueError(f"op: expected one of {names}, got {getattr(op, '__name__', op)}")
+
+    def sharded(
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        segment_ids: Array | None = None,
+        log_decay: Array | None = None,
+        slopes: Array | None = None,
+    ) -> Array:
+        token = P(batch, context, heads, None)
+        gate = {None: None, 1: P(heads), 3: P(batch, context, heads), 4: P(batch, context, heads, None)}
+        named = {
+            "segment_ids": (segment_ids, P(batch, context)),
+            "log_decay": (log_decay, gate[None if log_decay is None else log_decay.ndim]),
+            "slopes": (slopes, P(heads)),
+        }
+        arrays = {name: array for name, (array, _) in named.items() if array is not None}
+        specs = {name: spec for name, (array, spec) in named.items() if array is not None}
+        _check_divides(mesh, ("query", query), ("key", key), batch=batch, heads=heads, context=context)
+
+        def body(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
+            if context is None:
+                return op(query, key, value, **arrays, **options)
+            return table[op](query, key, value, axis=context, **arrays, **options)
+
+        run = jax.shard_map(body, mesh=mesh, in_specs=(token, token, token, specs), out_specs=token)
+        return run(query, key, value, arrays)
+
+    return sharded
+
+
+def _check_divides(mesh: Mesh, *named: tuple[str, Array], batch: Axes, heads: Axes, context: Axes) -> None:
+    for name, x in named:
+        for dimension, axes in ((0, batch), (1, context), (2, heads)):
+            used = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+            devices = 1
+            for axis in used:
+                devices *= mesh.shape[axis]
+            if x.shape[dimension] % devices:
+                raise ValueError(
+                    f"{name}: dimension {dimension} of {tuple(x.shape)} does not divide over {devices} devices "
+                    f"of mesh axis {axes}"
+                )
+
+
+def _ring(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis: str,
+    is_causal: bool = False,
+    mask: masks.Mask | None = None,
+    segment_ids: Array | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Array:
+    """Softmax attention with keys and values passed from device to device.
+
+    After r passes device i holds the keys of device i - r. Causally, pass 0 is the diagonal, and a later pass counts
+    where i >= r: those keys are all earlier.
+    """
+    if return_lse or options.get("bias") is not None or options.get("sinks") is not None:
+        raise NotImplementedError(
+            "context: the ring does not do bias, sinks or return_lse; shard batch and heads instead"
+        )
+    if mask is not None and mask != masks.Causal():
+        raise NotImplementedError(f"context: the ring does full and causal attention, not mask={mask}")
+    causal = is_causal or mask is not None
+    devices = jax.lax.axis_size(axis)
+    index = jax.lax.axis_index(axis)
+    forward = [(i, (i + 1) % devices) for i in range(devices)]
+    outs, lses = [], []
+    held = (key, value, segment_ids)
+    for passed in range(devices):
+        if passed:
+            held = jax.tree.map(lambda x: jax.lax.ppermute(x, axis, forward), held)
+        held_key, held_value, held_ids = held
+        out, lse = dot_product_attention(
+            query,
+            held_key,
+            held_value,
+            is_causal=causal and passed == 0,
+            segment_ids=None if segment_ids is None else (segment_ids, held_ids),
+            return_lse=True,
+            **options,
+        )
+        outs.append(out)
+        lses.append(jnp.where(index >= passed, lse, -jnp.inf) if causal else lse)
+    return merge_attentions(outs, lses)[0].astype(query.dtype)
+
+
+def _halo(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis: str,
+    window: int | tuple[int, int],
+    segment_ids: Array | None = None,
+    **options: Any,
+) -> Array:
+    """A sliding window whose keys beyond the own piece come from the neighbours."""
+    if options.get("return_lse") or options.get("offset"):
+        raise NotImplementedError("context: the halo exchange does not do return_lse or offset")
+    left, right = (window - 1, 0) if isinstance(window, int) else window
+    own = jnp.ones(query.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    nothing = jax.lax.pmin(jnp.min(own), axis) - 1
+    before = _neighbours(left, axis, key, value, own - nothing)
+    after = _neighbours(-right, axis, key, value, own - nothing)
+    keys, values, ids = (
+        jnp.concatenate([a, b, c], axis=1) for a, b, c in zip(before, (key, value, own - nothing), after, strict=True)
+    )
+    # A device at the end receives zeros, and no token has segment 0.
+    return sliding_window_attention(
+        query, keys, values, window=(left, right), offset=left, segment_ids=(own - nothing, ids), **options
+    )
+
+
+def _neighbours(count: int, axis: str, *arrays: Array) -> list[Array]:
+    """The last `count` tokens before this device's piece, or the first `-count` after it; zeros beyond the ends."""
+    devices = jax.lax.axis_size(axis)
+    length = arrays[0].shape[1]
+    step = 1 if count >= 0 else -1
+    pieces: list[list[Array]] = [[] for _ in arrays]
+    for hop in range(1, -(-abs(count) // length) + 1):
+        pairs = [(i, i + step * hop) for i in range(devices) if 0 <= i + step * hop < devices]
+        needed = min(length, abs(count) - (hop - 1) * length)
+        for piece, x in zip(pieces, arrays, strict=True):
+            part = x[:, length - needed :] if step > 0 else x[:, :needed]
+            piece.append(jax.lax.ppermute(part, axis, pairs))
+    return [
+        jnp.concatenate(piece[::-step], axis=1) if piece else x[:, :0] for piece, x in zip(pieces, arrays, strict=True)
+    ]
+
+
+def _lightning_scan(
+    query: Array, key: Array, value: Array, *, axis: str, slopes: Array | None = None, **options: Any
+) -> Array:
+    return _state_scan(
+        query, key, value, axis=axis, log_decay=None if slopes is None else -slopes, **{"is_causal": True, **options}
+    )
+
+
+def _state_scan(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis: str,
+    log_decay: Array | None = None,
+    segment_ids: Array | None = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> Array:
+    """Causal linear attention that starts every piece from the state at the end of the pieces before it."""
+    refused = ("reverse", "initial_state", "return_state", "mask")
+    unsupported = [name for name in refused if options.get(name) not in (None, False)]
+    if not is_causal or unsupported:
+        what = ", ".join(unsupported) or "is_causal=False"
+        raise NotImplementedError(f"context: the state scan does causal linear attention without {what}")
+    arguments = (query, key, value, log_decay)
+    keywords: dict[str, Any] = {"segment_ids": segment_ids, "is_causal": True, **options}
+    _, local = linear_attention(*arguments, return_state=True, **keywords)
+    # decay: [B or 1, K or 1, H or 1] over the whole piece.
+    if log_decay is None:
+        decay = jnp.ones((1, 1, 1), local.S.dtype)
+    elif log_decay.ndim == 1:
+        decay = jnp.exp(log_decay.astype(local.S.dtype) * key.shape[1])[None, :, None]
+    else:
+        summed = jnp.sum(log_decay.astype(local.S.dtype), axis=1)
+        decay = jnp.exp(summed if summed.ndim == 3 else summed[..., None])
+    decay = jnp.broadcast_to(decay, local.S.shape[:3])
+    first = last = jnp.zeros((query.shape[0],), jnp.int32)
+    if segment_ids is not None:
+        first, last = segment_ids[:, 0], segment_ids[:, -1]
+    pieces = jax.lax.all_gather((local, decay, first, last), axis)
+    incoming = _prefix_states(*pieces)
+    mine = jax.tree.map(lambda x: x[jax.lax.axis_index(axis)], incoming)
+    return linear_attention(*arguments, initial_state=mine, **keywords)
+
+
+def _prefix_states(local: LinearState, decay: Array, first: Array, last: Array) -> LinearState:
+    """The state before each piece from those at the end of each piece alone; all arguments have a leading piece
+    axis."""
+
+    def combine(carry: LinearState, piece: tuple[Any, ...]) -> tuple[LinearState, LinearState]:
+        state, kept, begins, ends, next_begins = piece
+        # A state passes through a piece that is one segment, and on into a piece that begins with the same segment.
+        through = (begins == ends)[:, None, None] * kept
+        onward = (ends == next_begins)[:, None, None]
+        s = onward[..., None] * (state.S + through[..., None] * carry.S)
+        z = None if state.z is None else onward * (state.z + through * carry.z)
+        return LinearState(s, z), carry
+
+    start = jax.tree.map(lambda x: jnp.zeros_like(x[0]), local)
+    next_first = jnp.roll(first, -1, axis=0)
+    return jax.lax.scan(combine, start, (local, decay, first, last, next_first))[1]

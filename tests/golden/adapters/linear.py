@@ -1,0 +1,168 @@
+"""Adapters of the additive linear recurrences: `lightning_attention2` and `gla`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jattn.linear.lightning import lightning_attention, lightning_slopes
+from jattn.linear.recurrence import LinearState, linear_attention
+from jattn.nn.linear import LightningMixer
+from tests.golden.harness import Case, Tolerance, adapter
+
+# The references ran in float32; what is computed here in float64 differs by their rounding.
+OUTPUT = Tolerance(2e-6, "float32 rounding of a sum over all earlier tokens in the reference")
+GRADIENT = Tolerance(1e-5, "float32 rounding through the reference's automatic differentiation")
+
+
+def _read(case: Case, name: str) -> jax.Array:
+    return jnp.asarray(case[name], jnp.float64)
+
+
+def _present(case: Case, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those outputs that the file has something to compare with."""
+    return {name: output for name, output in outputs.items() if name in case}
+
+
+def _prefixes(case: Case, *names: str) -> list[str]:
+    """Every prefix p, empty or ending in "_", such that the file has p + name for all `names`."""
+    candidates = (key.removesuffix(names[0]) for key in case if key.endswith(names[0]))
+    return [p for p in candidates if (p == "" or p.endswith("_")) and all(p + name in case for name in names)]
+
+
+@adapter(
+    "lightning_attention2",
+    tolerances={
+        "*slopes*": Tolerance(1e-7, "float32 rounding of a single number"),
+        "*y": Tolerance(2e-5, "float32 rounding through four projections, a LayerNorm and a gate in the reference"),
+        "*d[qkv]": GRADIENT,
+        "*": OUTPUT,
+    },
+    implementations=("reference", "xla"),
+)
+def lightning_attention2(case: Case) -> dict[str, Any]:
+    """`[p]q, k, v, slopes` are a call of the op, `slopes_N` a table of N heads, `[p]x, q_proj_weight, ...` a layer."""
+    outputs: dict[str, Any] = {}
+    for prefix in _prefixes(case, "q", "k", "v"):
+        query, key, value = (_read(case, prefix + name) for name in "qkv")
+        slopes = _read(case, prefix + "slopes")
+
+        def op(query, key, value, slopes=slopes):
+            return lightning_attention(query, key, value, slopes, return_state=True, implementation=case.implementation)
+
+        (out, state), pull_back = jax.vjp(op, query, key, value)
+        outputs |= {prefix + "o": out, prefix + "final_state": state.S}
+        outputs[prefix + "o_no_decay"] = op(query, key, value, None)[0]
+        if prefix + "do" in case:
+            cotangents = (_read(case, prefix + "do"), jax.tree.map(jnp.zeros_like, state))
+            outputs |= {prefix + "d" + name: d for name, d in zip("qkv", pull_back(cotangents), strict=True)}
+    for name in case:
+        if table := re.fullmatch(r"slopes_(\d+)", name):
+            outputs[name] = lightning_slopes(int(table[1]), variant="repo")
+    for prefix in _prefixes(case, "x", "q_proj_weight"):
+        outputs |= _tnl_layer(case, prefix)
+    return _present(case, outputs)
+
+
+def _linear(case: Case, name: str) -> nnx.Linear:
+    """The layer whose weight [out, in] and, it may be, bias [out] are in the file."""
+    weight = _read(case, name + "_weight").T
+    biased = name + "_bias" in case
+    layer = nnx.Linear(*weight.shape, use_bias=biased, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    layer.kernel[...] = weight
+    if biased and layer.bias is not None:
+        layer.bias[...] = _read(case, name + "_bias")
+    return layer
+
+
+def _tnl_layer(case: Case, prefix: str) -> dict[str, Any]:
+    """TransNormerLLM's layer; its options are in the configuration under "module", or under the prefix's own name."""
+    configs = case.meta["config"]
+    config = configs.get(prefix.rstrip("_"), configs.get("module"))
+    x = _read(case, prefix + "x")
+    mixer = LightningMixer(
+        x.shape[-1],
+        num_heads=config["num_heads"],
+        layer_index=config["layer_idx"],
+        num_layers=config["num_layers"],
+        slope_variant="repo",
+        norm="layernorm",
+        gate_rank=x.shape[-1] // config["num_heads"],
+        param_dtype=jnp.float64,
+        rngs=nnx.Rngs(0),
+    )
+    projections = mixer.projections
+    projections.query, projections.key, projections.value, projections.out = (
+        _linear(case, f"{prefix}{name}_proj") for name in "qkvo"
+    )
+    mixer.gate.down, mixer.gate.up = (_linear(case, f"{prefix}output_gate_{place}") for place in (0, 1))
+    norm: Any = mixer.norm
+    norm.scale[...] = _read(case, prefix + "norm_weight")
+    norm.bias[...] = _read(case, prefix + "norm_bias")
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return {prefix + "y": mixer(x, positions=positions)[0], prefix + "slopes": mixer.slopes[...]}
+
+
+@adapter(
+    "gla",
+    tolerances={"*d[qkvgh]*": GRADIENT, "*": OUTPUT},
+    implementations=("reference", "xla"),
+)
+def gla(case: Case) -> dict[str, Any]:
+    """Gated linear attention, `simple_*` with one gate per head, `norm_*` with a normaliser and no gate.
+
+    q, k, v, h0 and the cotangents do and dht serve all three, unless a case has its own.
+    """
+    scale = case.meta["config"]["simple_and_norm_scale"]
+    outputs: dict[str, Any] = {}
+    for prefix in _prefixes(case, "gk"):
+        outputs |= _recurrence(case, prefix, gate="gk", scale=None)
+    for prefix in _prefixes(case, "g"):
+        outputs |= _recurrence(case, prefix, gate="g", scale=scale)
+    if any(name.startswith("norm_") for name in case):
+        outputs |= _recurrence(case, "norm_", gate=None, scale=scale)
+    return _present(case, outputs)
+
+
+def _recurrence(case: Case, prefix: str, *, gate: str | None, scale: float | None) -> dict[str, Any]:
+    """One call of `linear_attention` and the gradients of <o, do> + <ht, dht>; of <o, do> alone where normalised."""
+    normalize = gate is None
+
+    def shared(name: str) -> jax.Array | None:
+        return next((_read(case, key) for key in (prefix + name, name) if key in case), None)
+
+    names = ["q", "k", "v", "h0", "z0" if gate is None else gate]
+    inputs = {name: value for name in names if (value := shared(name)) is not None}
+    scale = inputs["q"].shape[-1] ** -0.5 if scale is None else scale
+
+    def op(given: Mapping[str, jax.Array]) -> tuple[jax.Array, LinearState]:
+        query, key, value = (given[name] for name in ("q", "k", "v"))
+        batch, _, heads, dim = key.shape
+        start = given.get("h0", jnp.zeros((batch, heads, dim, value.shape[-1])))
+        norm = given["z0"][:, 0] if "z0" in given else jnp.zeros((batch, heads, dim))  # stored as [B, 1, N, K]
+        return linear_attention(
+            query,
+            key,
+            value,
+            None if gate is None else given[gate],
+            scale=scale,
+            normalize=normalize,
+            eps=1e-10,
+            initial_state=LinearState(start, norm if normalize else None),
+            return_state=True,
+            implementation=case.implementation,
+        )
+
+    (out, state), pull_back = jax.vjp(op, inputs)
+    outputs = {"o": out, "ht": state.S} if state.z is None else {"o": out, "S": state.S, "z": state.z[:, None]}
+    if (cotangent := shared("do")) is not None:
+        end = None if normalize else shared("dht")
+        ends = jax.tree.map(jnp.zeros_like, state) if end is None else LinearState(end, None)
+        (gradients,) = pull_back((cotangent, ends))
+        outputs |= {"d" + name: gradient for name, gradient in gradients.items()}
+    return {prefix + name: output for name, output in outputs.items()}

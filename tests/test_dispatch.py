@@ -1,0 +1,87 @@
+"""Choosing an implementation: order, platforms, refusals, and that no error is ever swallowed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jattn.dispatch import Implementation, dispatch, explain
+
+
+def refuse(reason):
+    def check(*args, **options):
+        raise NotImplementedError(reason)
+
+    return check
+
+
+def constant(value):
+    return lambda x, **options: x * 0 + value
+
+
+FAST = Implementation("xla", constant(1.0))
+SLOW = Implementation("reference", constant(2.0))
+TPU = Implementation("pallas_tpu", constant(3.0))
+GPU = Implementation("pallas_gpu", constant(4.0))
+
+
+def op(x, implementations=(TPU, GPU, FAST, SLOW), implementation=None):
+    return dispatch("op", implementations, implementation, x)
+
+
+def test_none_takes_the_first_that_is_at_home():
+    assert op(jnp.ones(())) == 1.0
+    (decision,) = explain(op, jnp.ones(()))
+    assert decision.chosen == {"cpu": "xla", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+    assert decision.passed_over == ("reference",)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_the_platform_is_settled_while_lowering(platform):
+    lowered = jax.jit(op).trace(jnp.ones(())).lower(lowering_platforms=(platform,)).as_text()
+    expected = {"cpu": "1.0", "tpu": "3.0", "cuda": "4.0"}
+    assert [value for value in ("1.0", "2.0", "3.0", "4.0") if f"dense<{value}" in lowered] == [expected[platform]]
+
+
+def test_a_name_is_taken_at_its_word():
+    assert op(jnp.ones(()), implementation="reference") == 2.0
+    with pytest.raises(NotImplementedError, match="xla: not this one"):
+        op(jnp.ones(()), (Implementation("xla", constant(1.0), refuse("not this one")), SLOW), "xla")
+
+
+def test_a_sequence_is_tried_in_order():
+    implementations = (Implementation("xla", constant(1.0), refuse("no")), SLOW)
+    assert op(jnp.ones(()), implementations, ("xla", "reference")) == 2.0
+
+
+def test_pallas_means_the_kernel_of_each_platform():
+    (decision,) = explain(lambda x: op(x, implementation=("pallas", "xla")), jnp.ones(()))
+    assert decision.chosen == {"tpu": "pallas_tpu", "cuda": "pallas_gpu", "cpu": "xla"}
+
+
+def test_every_reason_is_listed():
+    implementations = (Implementation("xla", constant(1.0), refuse("too wide")),)
+    with pytest.raises(NotImplementedError, match=r"(?s)interpret: op has no such implementation.*xla: too wide"):
+        op(jnp.ones(()), implementations, ("interpret", "xla"))
+
+
+@pytest.mark.parametrize(("choice", "message"), [("fast", "got 'fast'"), ((), "empty sequence")])
+def test_unknown_names(choice, message):
+    with pytest.raises(ValueError, match=message):
+        op(jnp.ones(()), implementation=choice)
+
+
+def test_other_errors_surface():
+    def broken(*args, **options):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        op(jnp.ones(()), (Implementation("xla", constant(1.0), broken), SLOW))
+
+
+def test_explain_sees_inside_jit_and_says_why():
+    implementations = (Implementation("pallas_tpu", constant(3.0), refuse("heads too small")), FAST)
+    jitted = jax.jit(lambda x: op(x, implementations))
+    jitted(jnp.ones(()))
+    (decision,) = explain(jitted, jnp.ones(()))
+    assert "pallas_tpu is not used: heads too small" in str(decision)
+    assert "tpu  runs xla" in str(decision)

@@ -1,0 +1,226 @@
+"""What a run is: frozen dataclasses, every field of which is a command-line override.
+
+A recipe (`train/recipes/NAME.py`) is a function `config() -> RunConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from jattn.models.lm import LMConfig
+from train.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes batches."""
+
+    source: tuple[str, ...] = ("pydoc",)
+    """"pydoc" (CPython's own reference text), or files, folders and globs of text or .jsonl."""
+    field: str = "text"
+    """Which field of a JSONL line holds the text."""
+    context: int = 512
+    """Tokens in a sequence."""
+    batch: int = 8
+    """Sequences in a step, over all devices."""
+    holdout: float = 0.1
+    """Fraction of the documents that is never trained on and gives the validation figure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """Muon orthogonalises the matrices of the layers and leaves the rest to Adam; AdamW treats all alike."""
+    learning_rate: float = 0.006
+    """Of Adam."""
+    matrix_learning_rate: float = 0.03
+    """Of Muon."""
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    momentum: float = 0.95
+    """Of Muon."""
+    clip_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate's factor over the run, and when the run ends: exactly one of `steps` and `seconds`."""
+
+    steps: int | None = None
+    seconds: float | None = None
+    """Elapsed time of training, from the start of the process; the schedule follows the clock."""
+    warmup: float = 0.03
+    """Fraction of the run over which the factor rises from 0 to 1."""
+    decay: Literal["linear", "cosine", "wsd"] = "wsd"
+    """"linear" and "cosine" fall from the end of the warm-up; "wsd" stays at 1 and then falls linearly."""
+    decay_fraction: float = 0.6
+    """For "wsd": the last part of the run, in which the factor falls."""
+    final: float = 0.0
+    """The factor at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; `data` takes what the others leave when it is -1."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The text written at the end of a run and into its report."""
+
+    prompts: tuple[str, ...] = ("The ",)
+    tokens: int = 400
+    temperature: float = 0.8
+    top_p: float | None = 0.95
+    top_k: int | None = None
+    min_p: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: LMConfig
+    schedule: ScheduleConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    sample: SampleConfig = SampleConfig()
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; master weights are float32. "auto" is bfloat16 where the device multiplies in it."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+    log_every: int = 10
+    """Steps between two rows of metrics.jsonl."""
+    eval_every: int | None = 500
+    """Steps between two validations; one is always made at the end."""
+    save_every_seconds: float = 30.0
+    """Time between two checkpoints; one is always made at the end."""
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        schedule, data = self.schedule, self.data
+        if (schedule.steps is None) == (schedule.seconds is None):
+            raise UserError(
+                f"schedule: give one of steps and seconds, got {schedule.steps} and {schedule.seconds}; None is neither"
+            )
+        for name, value, least in (
+            ("schedule.steps", schedule.steps, 1),
+            ("data.context", data.context, 1),
+            ("data.batch", data.batch, 1),
+            ("log_every", self.log_every, 1),
+            ("eval_every", self.eval_every, 1),
+            ("keep_checkpoints", self.keep_checkpoints, 1),
+            ("sample.tokens", self.sample.tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"{name}: expected at least {least}, got {value}")
+        for name, number in (("schedule.seconds", schedule.seconds), ("optimizer.clip_norm", self.optimizer.clip_norm)):
+            if number is not None and not number > 0:
+                raise UserError(f"{name}: expected a positive number, got {number}")
+        for name, fraction in (
+            ("schedule.warmup", schedule.warmup),
+            ("schedule.decay_fraction", schedule.decay_fraction),
+            ("schedule.final", schedule.final),
+            ("data.holdout", data.holdout),
+        ):
+            if not 0 <= fraction <= 1:
+                raise UserError(f"{name}: expected a fraction in [0, 1], got {fraction}")
+
+
+def recipes() -> list[str]:
+    """The names of the recipes there are."""
+    package = importlib.import_module("train.recipes")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load_recipe(name: str) -> RunConfig:
+    """The configuration that recipe `name` returns."""
+    known = recipes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"no recipe is called {name!r}; {hint}")
+    return importlib.import_module(f"train.recipes.{name}").config()
+
+
+def parse_overrides(config: RunConfig, arguments: list[str]) -> RunConfig:
+    """`config` with command-line overrides such as `--model.width 64`; `--help` prints them all and exits."""
+    import tyro
+
+    known = set(_flags(config))
+    for argument in arguments:
+        if not argument.startswith("--") or argument == "--help":
+            continue
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag not in known:
+            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them"
+            raise UserError(f"no field is called {flag}; {hint}")
+    try:
+        return tyro.cli(RunConfig, default=config, args=arguments, prog="python -m train run RECIPE")
+    except (ValueError, TypeError) as problem:
+        raise UserError(str(problem)) from problem
+
+
+def _flags(value: Any, prefix: str = "--") -> Iterator[str]:
+    """Every override there is, as tyro spells it."""
+    fields: Mapping[str, Any]
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    else:
+        fields = value
+    for name, entry in fields.items():
+        flag = f"{prefix}{name.replace('_', '-')}"
+        if dataclasses.is_dataclass(entry) or isinstance(entry, Mapping):
+            yield from _flags(entry, f"{flag}.")
+        else:
+            yield flag
+            if isinstance(entry, bool):
+                yield f"{prefix}no-{name.replace('_', '-')}"
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write `config` as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration that `save_config` wrote; an unknown key is an error that names it."""
+    try:
+        return _build(RunConfig, json.loads(path.read_text()), path.name)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: holds no run (no {path.name}); start one with python -m train run") from None
+    except json.JSONDecodeError as problem:
+        raise UserError(f"{path}: is not JSON ({problem}); restore the file or start in another workdir") from None
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"{where}: {kind.__name__} has no field {unknown[0]!r}; it was written by another version")
+    arguments = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _build(hints[name], value, where)
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[name] = value
+    return kind(**arguments)

@@ -1,0 +1,157 @@
+"""Documents packed into windows of a fixed length, as a pure function of (seed, index).
+
+Epoch e permutes the documents with a generator keyed by (seed, e), lays them end to end, and cuts the stream
+x_0 .. x_{N-1} into W = (N - 1) // C windows; window k reads x_{kC} .. x_{kC + C - 1} and predicts the tokens one
+further, so every token is a target once per epoch, except in a ragged tail of fewer than C tokens, another one in each
+epoch. The windows are permuted too, for neighbours in one document are correlated. Since N is the same in every epoch,
+so is W, and window i of the endless run is window i mod W of epoch i // W: nothing is carried over, and any window is
+found without its predecessors.
+
+The concatenation is never built: a position is looked up among the permuted documents' starts (`searchsorted`) and read
+from the one flat array of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from jattn.checks import check_count
+from train.data.sources import Document
+from train.errors import UserError
+
+type Batch = dict[str, np.ndarray]
+"""int32 `tokens, targets, segment_ids, positions` and float32 `weights`, each [..., context]."""
+
+
+def permutation(length: int, *key: int) -> Int64[np.ndarray, " length"]:
+    """A permutation of 0..length-1 that depends on `key` alone.
+
+    It sorts raw Philox output, which NumPy promises never to change; `Generator.permutation` has no such promise, and a
+    run must find its data again after an upgrade.
+    """
+    raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(length)
+    return np.argsort(raw, kind="stable")
+
+
+class PackedWindows:
+    """The endless sequence of training windows: `windows[i]` for any i >= 0.
+
+    An element is a `Batch` of shape [context]. Segment ids count documents from 1 within the window, positions restart
+    at each document, and a weight is 0 where the target lies in another document than the token (the first byte of a
+    document is not to be guessed from the last of another), else 1.
+
+    Args:
+      documents: at least one byte each.
+      context: tokens per window.
+      seed: at least 0.
+
+    Raises:
+      UserError: all documents together are shorter than one context and its last target.
+    """
+
+    def __init__(self, documents: Sequence[Document], context: int, seed: int) -> None:
+        self.context = check_count("context", context)
+        self._seed = check_count("seed", seed, minimum=0)
+        self._lengths = np.array([len(document) for document in documents], np.int64)
+        total = int(self._lengths.sum())
+        if total <= context:
+            raise UserError(
+                f"the training text has {total} bytes, and one context of {context} needs {context + 1}; "
+                f"give more text or choose a shorter context"
+            )
+        self._tokens: UInt8[np.ndarray, " total"] = np.frombuffer(b"".join(documents), np.uint8)
+        self._offsets = np.cumsum(self._lengths) - self._lengths
+        self.per_epoch = (total - 1) // context
+        # Prefetching straddles at most two epochs.
+        self._epoch = functools.lru_cache(maxsize=2)(self._plan)
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The order of windows, and per permuted document its start in the stream and its shift to the flat array."""
+        order = permutation(len(self._lengths), self._seed, epoch, 0)
+        lengths = self._lengths[order]
+        starts = np.cumsum(lengths) - lengths
+        return permutation(self.per_epoch, self._seed, epoch, 1), starts, self._offsets[order] - starts
+
+    def __len__(self) -> int:
+        """More windows than any run reads: the sequence has no end, but random access wants a length."""
+        return 2**62
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, k = divmod(int(index), self.per_epoch)
+        window_order, starts, shifts = self._epoch(epoch)
+        stream = window_order[k] * self.context + np.arange(self.context + 1)
+        document = np.searchsorted(starts, stream, side="right") - 1
+        tokens = self._tokens[stream + shifts[document]].astype(np.int32)
+        begin = np.maximum(starts[document[:-1]], stream[0])
+        return {
+            "tokens": tokens[:-1],
+            "targets": tokens[1:],
+            "segment_ids": (document[:-1] - document[0] + 1).astype(np.int32),
+            "positions": (stream[:-1] - begin).astype(np.int32),
+            "weights": (document[1:] == document[:-1]).astype(np.float32),
+        }
+
+
+def eval_windows(documents: Sequence[Document], context: int) -> Batch:
+    """Windows [count, context] that score every byte but the first of each document exactly once.
+
+    Each document is cut by itself, so a score does not depend on its neighbours. What remains of a row beyond the
+    document has segment id 0 and weight 0; tokens and targets there are 0. The first byte of a document has nothing
+    before it that could predict it, so the number of bytes scored is `sum(len(d) - 1 for d in documents)`.
+
+    Raises:
+      UserError: no document has a byte to score.
+    """
+    check_count("context", context)
+    rows = [(document, start) for document in documents for start in range(0, len(document) - 1, context)]
+    if not rows:
+        raise UserError("the held-out documents have no byte to score; give longer documents or hold out more of them")
+    shape = (len(rows), context)
+    tokens, targets, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(4))
+    for row, (document, start) in enumerate(rows):
+        piece = np.frombuffer(document, np.uint8)[start : start + context + 1]
+        n = len(piece) - 1
+        tokens[row, :n], targets[row, :n] = piece[:-1], piece[1:]
+        positions[row, :n], segment_ids[row, :n] = np.arange(n), 1
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "weights": segment_ids.astype(np.float32),
+    }
+
+
+def eval_batches(
+    documents: Sequence[Document], context: int, global_batch: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """The rows of `eval_windows` in batches [global_batch / process_count, context] of one shape, this process's rows.
+
+    The last batch is filled with rows of segment id 0 and weight 0.
+    """
+    rows = rows_per_process(global_batch, process_count)
+    windows = eval_windows(documents, context)
+    count = len(windows["tokens"])
+    for first in range(process_index * rows, -(-count // global_batch) * global_batch, global_batch):
+        part = {name: array[first : first + rows] for name, array in windows.items()}
+        missing = rows - len(part["tokens"])
+        yield {name: np.pad(array, ((0, missing), (0, 0))) for name, array in part.items()}
+
+
+def rows_per_process(global_batch: int, process_count: int) -> int:
+    """Rows of a global batch that each process reads.
+
+    Raises:
+      UserError: the batch does not divide evenly.
+    """
+    check_count("global_batch", global_batch)
+    if global_batch % check_count("process_count", process_count):
+        raise UserError(
+            f"a global batch of {global_batch} sequences cannot be shared by {process_count} processes; "
+            f"choose a multiple of {process_count}"
+        )
+    return global_batch // process_count

@@ -1,0 +1,1 @@
+"""Recipes: each module has a function `config()` that returns a `RunConfig`."""
