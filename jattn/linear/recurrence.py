@@ -317,9 +317,12 @@ def _number(name: str, x: Any) -> float:
     return float(x)
 
 
-def _is_known(x: Any) -> bool:
-    """The values of `x` can be looked at now; those of a traced array can not."""
-    return not isinstance(x, jax.core.Tracer)
+def _any_known(test: Callable[[Any], Any], x: Any) -> bool:
+    """Some element of `test(x)` is true; a traced array, whose values are not known yet, passes every test."""
+    if isinstance(x, jax.core.Tracer):
+        return False
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.any(test(x)))
 
 
 def _check_options(normalize: bool, eps: float, eps_mode: str) -> None:
@@ -348,10 +351,10 @@ def _check_log_decay(log_decay: Any, sizes: dict[str, int], layouts: tuple[str, 
     if tuple(log_decay.shape) not in wanted:
         options = " or ".join(f"[{', '.join(a.split())}] = {b}" for a, b in zip(layouts, wanted, strict=True))
         raise ValueError(f"log_decay: expected {options}, got {tuple(log_decay.shape)}")
-    if _is_known(log_decay) and bool(jnp.any(log_decay > 0)):
+    if _any_known(lambda x: x > 0, log_decay):
         raise ValueError(
-            f"log_decay: expected logarithms of decays, at most 0, got a maximum of {float(jnp.max(log_decay)):.4g}; "
-            f"pass -slopes, or jax.nn.log_sigmoid of a gate's logits"
+            "log_decay: expected logarithms of decays, at most 0, got positive numbers; "
+            "pass -slopes, or jax.nn.log_sigmoid of a gate's logits"
         )
 
 
@@ -376,7 +379,7 @@ def _check_segment_ids(segment_ids: Any, sizes: dict[str, int]) -> None:
         return
     checks.bind_shapes(("segment_ids", segment_ids, "B T"), **sizes)
     checks.check_integer(segment_ids=segment_ids)
-    if _is_known(segment_ids) and bool(jnp.any(segment_ids[:, 1:] < segment_ids[:, :-1])):
+    if _any_known(lambda x: x[:, 1:] < x[:, :-1], segment_ids):
         raise ValueError("segment_ids: expected numbers that never decrease along time; number the sequences in order")
 
 
