@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import threading
@@ -172,7 +173,7 @@ def test_epochs_and_seeds_differ_and_windows_are_shuffled():
     epochs = [
         np.stack([windows[e * windows.per_epoch + k]["tokens"] for k in range(windows.per_epoch)]) for e in (0, 1)
     ]
-    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
     other = PackedWindows(documents, 13, seed=4)
     assert not np.array_equal(epochs[0], np.stack([other[k]["tokens"] for k in range(other.per_epoch)]))
     assert sorted(permutation(101, 1, 2)) == list(range(101))
@@ -286,10 +287,10 @@ def test_resume_is_exact_and_its_state_is_the_step():
     ],
 )
 def test_state_of_another_stream_is_refused(changed, message):
-    options = {"documents": make_documents(), "context": 13, "global_batch": 6, "seed": 3}
-    with TrainData(**options).iterator() as batches:
+    data = TrainData(make_documents(), context=13, global_batch=6, seed=3)
+    with data.iterator() as batches:
         state = batches.get_state()
-    with TrainData(**{**options, **changed}).iterator() as batches, pytest.raises(UserError, match=message):
+    with dataclasses.replace(data, **changed).iterator() as batches, pytest.raises(UserError, match=message):
         batches.set_state(state)
 
 
