@@ -68,6 +68,8 @@ def block_size(length: int) -> int:
     return length if blocks == 1 else 8 * math.ceil(length / blocks / 8)
 
 
+# Compiled as one even when it is called eagerly, which else would compile every operation by itself.
+@functools.partial(jax.jit, static_argnames=("mask", "score", "block_sizes"))
 def blockwise_attention(
     operands: Operands,
     *,

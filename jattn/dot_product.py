@@ -12,6 +12,7 @@ sink) and hands no gradient to anything, save that of its lse to its sink.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -108,6 +109,7 @@ def dot_product_attention(
     return (out, lse) if return_lse else out
 
 
+@functools.partial(jax.jit, static_argnames=("mask", "score"))
 def dense_attention(operands: Operands, *, mask: Mask, score: Score) -> tuple[Array, Array]:
     """The definition, with all `T x S` logits at once and derivatives by JAX; `(out, lse)`."""
     x = operands

@@ -144,6 +144,7 @@ class _Plan:
     per_group: int
 
 
+@functools.partial(jax.jit, static_argnames=("band", "score", "block", "per_group"))
 def banded_attention(
     operands: Operands, *, band: Band, score: Score, block: int | None = None, per_group: int | None = None
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:

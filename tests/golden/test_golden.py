@@ -169,24 +169,39 @@ def test_a_system_has_one_adapter():
 # The command
 
 
-def test_the_command_says_what_it_found(tmp_path, capsys):
-    assert main(["gla", "--strict"]) == 0
+def test_the_command_says_what_it_found(tmp_path, file, monkeypatch, capsys):
+    monkeypatch.setitem(harness._ADAPTERS, "powers", _adapter(_powers))
+    assert main(["powers", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["output", "max", "abs", "error", "rms", "ratio", "tolerance", "ok"]
-    assert any(line.startswith("simple_dh0 ") and line.endswith(" ok") for line in lines)
-    assert lines[-1] == f"gla: {len(lines) - 2} ok, 0 failed, 0 uncovered, 0 circular"
+    assert [line.split()[0] for line in lines[1:3]] == ["double", "power"]
+    assert all(line.endswith(" ok") for line in lines[1:3])
+    assert lines[3:] == ["uncovered: notes (no reason given)", "powers: 2 ok, 0 failed, 1 uncovered, 0 circular"]
+    assert main(["powers", str(file), "--strict"]) == 1
+    monkeypatch.setitem(harness._ADAPTERS, "powers", _adapter(_powers, notes="a list of remarks"))
+    assert main(["powers", str(file), "--strict"]) == 0
 
-    with np.load(harness.HERE / "gla.npz") as golden:
-        arrays = dict(golden)
-    wrong = tmp_path / "wrong.npz"
-    np.savez(wrong, **arrays | {"dgk": arrays["dgk"] + 1e-3})
-    assert main(["gla", str(wrong)]) == 1
-    assert "1 failed" in capsys.readouterr().out
-    extra = tmp_path / "extra.npz"
-    np.savez(extra, **arrays, stranger=np.ones(2))
-    assert main(["gla", str(extra)]) == 0
-    assert main(["gla", str(extra), "--strict"]) == 1
-    assert "uncovered: stranger (no reason given)" in capsys.readouterr().out
+    wrong = _write(tmp_path / "wrong.npz", {"config": {"power": 3}}, **Case(file))
+    capsys.readouterr()
+    assert main(["powers", str(wrong)]) == 1
+    assert capsys.readouterr().out.endswith("powers: 1 ok, 1 failed, 1 uncovered, 0 circular\n")
+    monkeypatch.setitem(harness._ADAPTERS, "powers", _adapter(lambda case: {"double": case["double"]}))
+    assert main(["powers", str(file)]) == 1
+    monkeypatch.setitem(harness._ADAPTERS, "powers", _adapter(lambda case: {}))
+    assert main(["powers", str(file)]) == 1
+
+
+def test_the_implementation_reaches_the_adapter(file, monkeypatch):
+    seen = []
+
+    def note(case):
+        seen.append(case.implementation)
+        return _powers(case)
+
+    monkeypatch.setitem(harness._ADAPTERS, "powers", _adapter(note))
+    main(["powers", str(file)])
+    main(["powers", str(file), "--implementation", "xla"])
+    assert seen == [None, "xla"]
 
 
 def test_the_command_knows_its_systems(capsys):

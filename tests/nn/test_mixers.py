@@ -30,12 +30,18 @@ def x():
     return jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, LENGTH, WIDTH)), jnp.float32)
 
 
+@nnx.jit
+def apply(mixer, x, positions, segment_ids=None, state=None):
+    """Compiled: operation by operation, most of the time would go into compiling."""
+    return mixer(x, positions=positions, segment_ids=segment_ids, state=state)
+
+
 def positions(first, last):
     return jnp.broadcast_to(jnp.arange(first, last), (BATCH, last - first))
 
 
 def whole(mixer, x, **context):
-    return mixer(x, positions=positions(0, x.shape[1]), **context)
+    return apply(mixer, x, positions(0, x.shape[1]), **context)
 
 
 def test_prefill_then_decode_is_the_parallel_forward(mixer, x):
@@ -43,18 +49,17 @@ def test_prefill_then_decode_is_the_parallel_forward(mixer, x):
     assert none is None
     state = mixer.init_state(BATCH, LENGTH, jnp.float32)
     pieces = []
-    step = nnx.jit(lambda mixer, x, state, positions: mixer(x, positions=positions, state=state))
     # An empty-state prefill, a second piece, then single tokens; the window of 5 wraps round within them.
     for first, last in [(0, 7), (7, 16), *((t, t + 1) for t in range(16, LENGTH))]:
         before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
-        y, state = step(mixer, x[:, first:last], state, positions(first, last))
+        y, state = apply(mixer, x[:, first:last], positions(first, last), state=state)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before
         pieces.append(y)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), expected, atol=2e-5)
 
 
 def test_is_causal_by_gradient(mixer, x):
-    gradient = jax.grad(lambda x: whole(mixer, x)[0][:, 11].sum())(x)
+    gradient = nnx.jit(nnx.grad(lambda x, mixer: whole(mixer, x)[0][:, 11].sum()))(x, mixer)
     assert (gradient[:, 12:] == 0).all()
     assert (jnp.abs(gradient[:, 8:12]).sum(-1) > 0).all()
 
@@ -63,7 +68,7 @@ def test_segments_do_not_see_one_another(mixer, x):
     ids = jnp.where(jnp.arange(LENGTH) < 9, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
     # Positions restart with each document, as packed data does.
     restart = jnp.concatenate([positions(0, 9), positions(0, LENGTH - 9)], 1)
-    packed, _ = mixer(x, positions=restart, segment_ids=ids)
+    packed, _ = apply(mixer, x, restart, ids)
     alone = [whole(mixer, part)[0] for part in (x[:, :9], x[:, 9:])]
     np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=2e-5)
 
@@ -73,10 +78,10 @@ def test_a_state_belongs_to_the_first_segment_and_ends_in_the_last(mixer, x):
     first, last = x[:, :11], x[:, 11:]
     ids = jnp.where(jnp.arange(7, 17) < 11, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
     state = mixer.init_state(BATCH, LENGTH, jnp.float32)
-    a, state = mixer(x[:, :7], positions=positions(0, 7), state=state)
+    a, state = apply(mixer, x[:, :7], positions(0, 7), state=state)
     restart = jnp.concatenate([positions(7, 11), positions(0, 6)], 1)
-    b, state = mixer(x[:, 7:17], positions=restart, segment_ids=ids, state=state)
-    c, _ = mixer(x[:, 17:], positions=positions(6, 12), state=state)
+    b, state = apply(mixer, x[:, 7:17], restart, ids, state)
+    c, _ = apply(mixer, x[:, 17:], positions(6, 12), state=state)
     alone = jnp.concatenate([whole(mixer, first)[0], whole(mixer, last)[0]], 1)
     np.testing.assert_allclose(jnp.concatenate([a, b, c], 1), alone, atol=2e-5)
 

@@ -41,7 +41,7 @@ def _value_and_gradients(
     cotangent: jax.Array | None,
     end: jax.Array | None,
 ) -> tuple[tuple[jax.Array, LinearState], Mapping[str, jax.Array]]:
-    """`op(inputs)` and the gradients of <out, cotangent> + <S, end>: none without a cotangent, the end is 0 by default."""
+    """`op(inputs)` and the gradients of <out, cotangent> + <S, end>: none without a cotangent; the end may be 0."""
 
     @jax.jit
     def both(inputs):
