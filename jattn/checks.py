@@ -6,7 +6,7 @@ Every public op runs these before any mathematics. A wrong shape or value is a `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -126,6 +126,15 @@ def check_causal_lengths(query_length: int, key_length: int) -> None:
             f"is_causal: with {query_length} queries and {key_length} keys it has two readings; pass mask=Causal() if "
             f"both start at position 0, or mask=Causal(offset={shift}) if both end together"
         )
+
+
+def check_values(name: str, x: Any, wrong: Callable[[Any], Any], message: str) -> None:
+    """`wrong(x)` is true nowhere; while `x` is being traced its values are not known, and nothing is checked."""
+    if x is None or isinstance(x, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        if jnp.any(wrong(x)):
+            raise ValueError(f"{name}: {message}")
 
 
 def check_broadcastable(name: str, x: Any, shape: tuple[int, ...], letters: str) -> None:

@@ -82,6 +82,9 @@ def _log_decay(slopes: Any, key: Any, axis: int) -> Any:
     checks.check_floating(slopes=slopes)
     if slopes.ndim != 1 or (key.ndim > axis and slopes.shape[0] != key.shape[axis]):
         raise ValueError(f"slopes: expected [K], one per head of key {tuple(key.shape)}, got {tuple(slopes.shape)}")
+    checks.check_values(
+        "slopes", slopes, lambda x: x < 0, "expected at least 0, got negative numbers; pass -log(decay)"
+    )
     return -slopes
 
 

@@ -317,14 +317,6 @@ def _number(name: str, x: Any) -> float:
     return float(x)
 
 
-def _any_known(test: Callable[[Any], Any], x: Any) -> bool:
-    """Some element of `test(x)` is true; a traced array, whose values are not known yet, passes every test."""
-    if isinstance(x, jax.core.Tracer):
-        return False
-    with jax.ensure_compile_time_eval():
-        return bool(jnp.any(test(x)))
-
-
 def _check_options(normalize: bool, eps: float, eps_mode: str) -> None:
     checks.check_choice("normalize", normalize, (True, False))
     checks.check_choice("eps_mode", eps_mode, ("denominator", "z"))
@@ -351,11 +343,10 @@ def _check_log_decay(log_decay: Any, sizes: dict[str, int], layouts: tuple[str, 
     if tuple(log_decay.shape) not in wanted:
         options = " or ".join(f"[{', '.join(a.split())}] = {b}" for a, b in zip(layouts, wanted, strict=True))
         raise ValueError(f"log_decay: expected {options}, got {tuple(log_decay.shape)}")
-    if _any_known(lambda x: x > 0, log_decay):
-        raise ValueError(
-            "log_decay: expected logarithms of decays, at most 0, got positive numbers; "
-            "pass -slopes, or jax.nn.log_sigmoid of a gate's logits"
-        )
+    message = (
+        "expected logarithms of decays, at most 0, got positive numbers; pass jax.nn.log_sigmoid of a gate's logits"
+    )
+    checks.check_values("log_decay", log_decay, lambda x: x > 0, message)
 
 
 def _check_padding_mask(mask: Any, sizes: dict[str, int]) -> None:
@@ -379,8 +370,8 @@ def _check_segment_ids(segment_ids: Any, sizes: dict[str, int]) -> None:
         return
     checks.bind_shapes(("segment_ids", segment_ids, "B T"), **sizes)
     checks.check_integer(segment_ids=segment_ids)
-    if _any_known(lambda x: x[:, 1:] < x[:, :-1], segment_ids):
-        raise ValueError("segment_ids: expected numbers that never decrease along time; number the sequences in order")
+    message = "expected numbers that never decrease along time; number the packed sequences in order"
+    checks.check_values("segment_ids", segment_ids, lambda x: x[:, 1:] < x[:, :-1], message)
 
 
 def _check_state(state: Any, query: Array, sizes: dict[str, int], normalize: bool, name: str = "initial_state") -> None:

@@ -17,6 +17,13 @@ from jattn.linear.recurrence import LinearState, linear_attention, linear_attent
 
 B, N, K, H, V = 2, 6, 3, 5, 7
 FORMS = ("none", "constant", "token", "channel")
+# Most of the time here is LLVM's; what it would optimise away is not what is tested.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def run(op, *args):
+    """`op(*args)`, compiled quickly; arguments may be `None`."""
+    return quick_jit(op)(*args)
 
 
 def make(length: int, form: str = "none", dtype: Any = np.float32, *, key_length: int | None = None, seed: int = 0):
@@ -81,14 +88,13 @@ def dense(
 def value_and_gradients(op, *args):
     """Outputs of `op` and the gradients of every array in `args`, for one random cotangent, the same in any dtype."""
 
-    @jax.jit
-    def run(args):
+    def both(args):
         out, vjp = jax.vjp(op, *args)
         rng = np.random.default_rng(3)
         cotangent = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(jnp.bfloat16).astype(x.dtype), out)
         return out, vjp(cotangent)
 
-    return run(args)
+    return run(both, args)
 
 
 def assert_close(got, want, tolerance: float) -> None:
@@ -133,8 +139,7 @@ def test_agrees_with_the_dense_formula(implementation, length, chunk, form, opti
         assert_close(got, want, 1e-12)
 
 
-@pytest.mark.parametrize("form", ["none", "constant", "token", "channel"])
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("implementation", "form"), [*(("xla", form) for form in FORMS), ("reference", "token")])
 def test_bidirectional_agrees_with_the_dense_formula(form, implementation):
     with jax.enable_x64(True):
         args = [x for x in make(17, form, np.float64, key_length=23 if form == "none" else None) if x is not None]
@@ -148,45 +153,53 @@ def test_bidirectional_agrees_with_the_dense_formula(form, implementation):
 SEGMENTS = np.array([[0] * 5 + [2] * 11 + [3] * 1 + [4] * 20, [1] * 16 + [2] * 16 + [6] * 5])
 
 
-@pytest.mark.parametrize("form", ["none", "constant", "token", "channel"])
-def test_segments_with_gradients_agree_with_the_dense_formula(form):
+@pytest.mark.parametrize("form", FORMS)
+def test_segments_agree_with_the_dense_formula(form):
     with jax.enable_x64(True):
         args = [x for x in make(37, form, np.float64) if x is not None]
         state = make_state(False, np.float64)
-        op = functools.partial(linear_attention, segment_ids=SEGMENTS, return_state=True, chunk_size=8)
-        got = value_and_gradients(lambda state, *args: op(*args, initial_state=state), state, *args)
-        want = value_and_gradients(
-            lambda state, *args: dense(*args, segment_ids=SEGMENTS, state=state), state, *args
-        )
-        assert_close(got, want, 1e-12)
-        both_ways = op(*args, is_causal=False, return_state=False)
-        assert_close(both_ways, dense(*args, segment_ids=SEGMENTS, is_causal=False)[0], 1e-12)
+
+        def every_way(op, state, *args):
+            causal = op(*args, segment_ids=SEGMENTS, initial_state=state, return_state=True)
+            return causal, op(*args, segment_ids=SEGMENTS, is_causal=False)
+
+        def dense_op(*args, initial_state=None, return_state=False, **options):
+            out, state = dense(*args, state=initial_state, **options)
+            return (out, state) if return_state else out
+
+        op = functools.partial(linear_attention, chunk_size=8)
+        got = value_and_gradients(functools.partial(every_way, op), state, *args)
+        assert_close(got, value_and_gradients(functools.partial(every_way, dense_op), state, *args), 1e-12)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_segments_equal_separate_runs(implementation):
-    query, key, value, log_decay = make(37, "token")
+    query, key, value, log_decay = make(29, "token")
     state = make_state(True)
-    op = functools.partial(
-        linear_attention, normalize=True, return_state=True, chunk_size=8, implementation=implementation
+    segment_ids = np.array([[0] * 5 + [1] * 12 + [3] * 12, [1] * 12 + [2] * 12 + [6] * 5])
+    op = quick_jit(
+        functools.partial(
+            linear_attention, normalize=True, return_state=True, chunk_size=8, implementation=implementation
+        )
     )
-    out, end = op(query, key, value, log_decay, segment_ids=SEGMENTS, initial_state=state)
+    out, end = op(query, key, value, log_decay, segment_ids=segment_ids, initial_state=state)
     for row in range(B):
         one = lambda x, row=row: x[row : row + 1]  # noqa: E731
-        for number in np.unique(SEGMENTS[row]):
-            tokens = SEGMENTS[row] == number
-            initial = jax.tree.map(one, state) if tokens[0] else None
+        for number in np.unique(segment_ids[row]):
+            tokens = segment_ids[row] == number
+            initial = jax.tree.map(lambda x, row=row, first=tokens[0]: x[row : row + 1] * first, state)
             alone, alone_end = op(*(one(x)[:, tokens] for x in (query, key, value, log_decay)), initial_state=initial)
             assert_close(one(out)[:, tokens], alone, 1e-6)
         assert_close(jax.tree.map(one, end), alone_end, 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("form", FORMS)
-def test_any_split_gives_what_the_whole_gives(form, implementation):
+@pytest.mark.parametrize(("implementation", "form"), [*(("xla", form) for form in FORMS), ("reference", "channel")])
+def test_any_split_gives_what_the_whole_gives(implementation, form):
     query, key, value, log_decay = make(37, form)
-    op = functools.partial(
-        linear_attention, normalize=True, return_state=True, chunk_size=8, implementation=implementation
+    op = quick_jit(
+        functools.partial(
+            linear_attention, normalize=True, return_state=True, chunk_size=8, implementation=implementation
+        )
     )
     part = lambda s: [x[:, s] if x is not None and x.ndim > 1 else x for x in (query, key, value, log_decay)]  # noqa: E731
     whole = op(query, key, value, log_decay, initial_state=make_state(True))
@@ -198,20 +211,27 @@ def test_any_split_gives_what_the_whole_gives(form, implementation):
 @pytest.mark.parametrize("form", FORMS)
 def test_reverse_is_flip_of_everything(form):
     query, key, value, log_decay = make(37, form)
-    flip = lambda x: np.flip(x, axis=1) if x is not None and x.ndim > 1 else x  # noqa: E731
+    flip = lambda x: x[:, ::-1] if x is not None and x.ndim > 1 else x  # noqa: E731
     op = functools.partial(linear_attention, return_state=True, chunk_size=8, initial_state=make_state(False))
-    out, state = op(query, key, value, log_decay, segment_ids=SEGMENTS, reverse=True)
-    flipped, flipped_state = op(*map(flip, (query, key, value, log_decay)), segment_ids=6 - flip(SEGMENTS))
-    assert_close((out, state), (jnp.flip(flipped, axis=1), flipped_state), 0)
+
+    def both(query, key, value, log_decay):
+        backward = op(query, key, value, log_decay, segment_ids=SEGMENTS, reverse=True)
+        flipped, state = op(*map(flip, (query, key, value, log_decay)), segment_ids=6 - flip(SEGMENTS))
+        return backward, (flip(flipped), state)
+
+    assert_close(*run(both, query, key, value, log_decay), 1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("options", [{}, NORMALIZED, NORMALIZED | {"eps_mode": "z"}])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("none", {}), ("constant", NORMALIZED), ("token", {}), ("channel", NORMALIZED | {"eps_mode": "z"})],
+)
 def test_steps_equal_the_whole(form, options):
     query, key, value, log_decay = make(13, form)
     normalize = "normalize" in options
     state = make_state(normalize)
-    whole = linear_attention(query, key, value, log_decay, initial_state=state, return_state=True, **options)
+    op = functools.partial(linear_attention, initial_state=state, return_state=True, **options)
+    whole = run(op, query, key, value, log_decay)
     per_token = log_decay is not None and log_decay.ndim > 1
 
     def step(state, token):
@@ -220,7 +240,7 @@ def test_steps_equal_the_whole(form, options):
         return state, out
 
     tokens = [jnp.moveaxis(x, 1, 0) for x in (query, key, value, *([log_decay] if per_token else []))]
-    state, out = jax.lax.scan(step, jax.tree.map(jnp.asarray, state), tokens)
+    state, out = run(functools.partial(jax.lax.scan, step), jax.tree.map(jnp.asarray, state), tokens)
     assert_close((jnp.moveaxis(out, 0, 1), state), whole, 1e-6)
 
 
@@ -232,11 +252,13 @@ def test_a_padded_token_is_as_if_it_were_not_there(form, is_causal):
     key[:, ~real], value[:, ~real] = np.nan, np.inf
     mask = np.broadcast_to(real, (B, 1, 1, 19))
     op = functools.partial(linear_attention, is_causal=is_causal, normalize=True, chunk_size=8)
+    op = quick_jit(functools.partial(op, return_state=is_causal))
     short = [x[:, real] if x is not None and x.ndim > 1 else x for x in (query, key, value, log_decay)]
-    assert_close(op(query, key, value, log_decay, mask)[:, real], op(*short), 1e-6)
+    got, want = op(query, key, value, log_decay, mask), op(*short)
     if is_causal:
-        _, state = op(query, key, value, log_decay, mask, return_state=True)
-        assert_close(state, op(*short, return_state=True)[1], 1e-6)
+        (got, state), (want, want_state) = got, want
+        assert_close(state, want_state, 1e-6)
+    assert_close(got[:, real], want, 1e-6)
 
 
 @pytest.mark.parametrize("form", ["constant", "token", "channel"])
@@ -255,7 +277,7 @@ def test_strong_gates_stay_exact_in_float32(form):
 
 
 def test_a_gate_of_minus_infinity_counts_as_minus_ten_thousand():
-    query, key, value, log_decay = make(17, "channel")
+    query, key, value, log_decay = make(11, "channel")
     log_decay[:, 5:9] = -np.inf
     got = value_and_gradients(linear_attention, query, key, value, log_decay)
     assert_close(got, value_and_gradients(linear_attention, query, key, value, np.maximum(log_decay, -1e4)), 0)
@@ -265,7 +287,7 @@ def test_a_gate_of_minus_infinity_counts_as_minus_ten_thousand():
 def test_bfloat16_operands(form):
     args = make(149, form)
     half = [jnp.asarray(x, jnp.bfloat16) for x in args[:3]]
-    op = functools.partial(linear_attention, return_state=True, chunk_size=64)
+    op = functools.partial(linear_attention, return_state=True, chunk_size=32)
     out, gradients = value_and_gradients(op, *half, args[3])
     assert out[0].dtype == jnp.bfloat16
     assert out[1].S.dtype == jnp.float32
@@ -274,7 +296,13 @@ def test_bfloat16_operands(form):
         want, want_gradients = value_and_gradients(dense, *exact)
         assert_close(out, want, 3e-3)
         assert_close(gradients[:3], want_gradients[:3], 5e-3)
-        assert_close(gradients[3], want_gradients[3], 1e-2)
+        if form == "constant":  # a sum over all tokens of terms that largely cancel
+            exact[3] = np.broadcast_to(exact[3], (B, 149, K))
+            terms = value_and_gradients(dense, *exact)[1][3]
+            error = np.abs(np.asarray(gradients[3], np.float64) - want_gradients[3])
+            assert (error <= 3e-3 * np.abs(terms).sum(axis=(0, 1))).all()
+        else:
+            assert_close(gradients[3], want_gradients[3], 5e-3)
 
 
 @pytest.mark.parametrize("eps_mode", ["denominator", "z"])
@@ -291,7 +319,8 @@ def test_rows_without_any_weight_give_zero(eps_mode):
 
 def test_normalised_weights_sum_to_one():
     query, key, value, log_decay = make(37, "token")
-    out = linear_attention(query, key, np.ones_like(value), log_decay, normalize=True, eps=0.0)
+    op = functools.partial(linear_attention, normalize=True, eps=0.0)
+    out = run(op, query, key, np.ones_like(value), log_decay)
     np.testing.assert_allclose(out, 1, atol=1e-6)
 
 
@@ -301,48 +330,45 @@ def test_scale_zero_is_zero_and_none_is_one():
     assert_close(linear_attention(query, key, value), linear_attention(query, key, value, scale=1), 0)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["constant", "token", "channel"])
 def test_chunk_size_changes_nothing(form):
     args = make(37, form)
-    want = linear_attention(*args, implementation="reference")
-    for chunk in (1, 4, 64, 256, None):
-        assert_close(linear_attention(*args, chunk_size=chunk), want, 1e-6)
+    want = run(functools.partial(linear_attention, implementation="reference"), *args)
+    for chunk in (1, 32, 256):
+        assert_close(run(functools.partial(linear_attention, chunk_size=chunk), *args), want, 1e-6)
 
 
-@pytest.mark.parametrize("form", ["none", "channel"])
-def test_transformations(form):
-    query, key, value, log_decay = make(19, form)
-    op = functools.partial(linear_attention, normalize=True, chunk_size=4)
-    rest = () if log_decay is None else (log_decay,)
-    args = (query, key, value, *rest)
-    want = op(*args)
+def test_transformations():
+    args = make(7, "channel")
+    every = (0, 1, 2, 3)
+    op = functools.partial(linear_attention, normalize=True, chunk_size=2)
     loss = lambda *args: jnp.sum(jnp.sin(op(*args)))  # noqa: E731
-    gradient = jax.grad(loss, argnums=tuple(range(len(args))))(*args)
+    want, gradient = run(op, *args), run(jax.grad(loss, every), *args)
     tangents = tuple(np.random.default_rng(2).standard_normal(x.shape).astype(x.dtype) for x in args)
 
-    assert_close(jax.jit(op)(*args), want, 1e-6)
-    batched = jax.vmap(op)(*(np.stack([x, x[::-1]]) for x in args))
-    assert_close(batched, np.stack([want, want[::-1]]), 1e-6)
-    assert_close(jax.grad(jax.checkpoint(loss), argnums=tuple(range(len(args))))(*args), gradient, 1e-6)
-    _, scanned = jax.lax.scan(lambda carry, args: (carry, op(*args)), 0, tuple(x[None] for x in args))
+    assert_close(op(*args), want, 1e-6)
+    batched = run(jax.vmap(op), *(np.stack([x, x[::-1]]) for x in args))
+    assert_close(batched[0], want, 1e-6)
+    assert_close(run(jax.grad(jax.checkpoint(loss), every), *args), gradient, 1e-6)
+    _, scanned = run(lambda *args: jax.lax.scan(lambda _, args: (0, op(*args)), 0, args), *(x[None] for x in args))
     assert_close(scanned[0], want, 1e-6)
-    _, derivative = jax.jvp(loss, args, tangents)
-    assert_close(derivative, sum(np.vdot(g, t) for g, t in zip(gradient, tangents, strict=True)), 1e-4)
-    hessian_product = jax.jvp(lambda *args: jax.grad(loss)(*args), args, tangents)[1]
-    other = jax.grad(lambda *args: jax.jvp(loss, args, tangents)[1])(*args)
-    assert_close(hessian_product, other, 1e-4)
+    _, derivative = run(functools.partial(jax.jvp, loss), args, tangents)
+    assert_close(derivative, sum(np.vdot(g, t) for g, t in zip(gradient, tangents, strict=True)), 1e-5)
+    forward_of_reverse = run(lambda *args: jax.jvp(jax.grad(loss), args, tangents)[1], *args)
+    reverse_of_forward = run(jax.grad(lambda *args: jax.jvp(loss, args, tangents)[1]), *args)
+    assert_close(forward_of_reverse, reverse_of_forward, 1e-5)
 
 
 def test_inside_shard_map_replicated_gates_get_the_whole_gradient():
-    query, key, value, log_decay = make(19, "constant")
+    query, key, value, log_decay = make(7, "constant")
     state = make_state(False)
     loss = lambda *args: jnp.sum(jnp.sin(linear_attention(*args[:4], initial_state=args[4], chunk_size=4)))  # noqa: E731
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = (P("data"), P("data"), P("data"), P(), LinearState(P("data"), None))
     sharded = jax.shard_map(lambda *args: jax.lax.psum(loss(*args), "data"), mesh=mesh, in_specs=specs, out_specs=P())
     args = (query, key, value, log_decay, state)
-    got = jax.jit(jax.grad(sharded, argnums=(0, 1, 2, 3, 4)))(*args)
-    assert_close(got, jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*args), 1e-6)
+    got = run(jax.grad(sharded, argnums=(0, 1, 2, 3, 4)), *args)
+    assert_close(got, run(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *args), 1e-6)
 
 
 @pytest.mark.parametrize("form", ["constant", "channel"])
@@ -350,13 +376,14 @@ def test_memory_is_linear_in_the_length(form):
     def compiled(length):
         shapes = make(length, form)
         loss = lambda *args: jnp.sum(jnp.sin(linear_attention(*args)))  # noqa: E731
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*shapes).compile()
+        return quick_jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*shapes).compile()
 
     programs = {length: compiled(length) for length in (4096, 8192)}
     small, large = (program.memory_analysis().temp_size_in_bytes for program in programs.values())
     assert large <= 2.1 * small
     assert large <= 8 * 4 * B * 8192 * (N * (H + V) + K * (H + V))
-    sizes = [int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"f32\[([\d,]+)\]", programs[8192].as_text())]
+    shapes = re.findall(r"f32\[([\d,]+)\]", programs[8192].as_text())
+    sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes]
     assert max(sizes) < 8192 * 8192
     assert max(sizes) < B * N * 8192 * H * V
 
@@ -390,7 +417,7 @@ BAD = [
     ({"log_decay": GATE[:, :4]}, ValueError, r"log_decay: expected \[K\] = \(3,\) or .* got \(2, 4, 3\)"),
     ({"log_decay": -GATE}, ValueError, "log_decay: .* at most 0, got positive numbers"),
     ({"log_decay": -0.5}, TypeError, "log_decay: expected an array"),
-    ({"mask": np.ones((B, 1, 5, 5), bool)}, ValueError, r"mask: .* honours key padding, a boolean array \[B, 1, 1, S\]"),
+    ({"mask": np.ones((B, 1, 5, 5), bool)}, ValueError, r"mask: .* honours key padding, a boolean array \[B, 1, 1"),
     ({"mask": np.ones((B, 1, 1, 5))}, ValueError, "mask: expected booleans, got float64"),
     ({"mask": "causal"}, ValueError, "mask: expected an array .* got str"),
     ({"segment_ids": np.zeros((B, 4), int)}, ValueError, "segment_ids: .* with T = 5"),
