@@ -29,7 +29,9 @@ def run() -> Result:
             gradient = jax.grad(lambda x, w, y, loss=loss: loss(x, w, y).sum(), (0, 1))
             row[name] = temporary_bytes(gradient, *shapes) / 1e6
         rows.append(row)
-    growth = (rows[-1]["chunked, MB"] - rows[0]["chunked, MB"]) / (rows[-1]["logits alone, MB"] - rows[0]["logits alone, MB"])
+    growth = (rows[-1]["chunked, MB"] - rows[0]["chunked, MB"]) / (
+        rows[-1]["logits alone, MB"] - rows[0]["logits alone, MB"]
+    )
     return Result(
         f"Temporary memory of the loss and its gradients, vocabulary {VOCABULARY:,}",
         rows,

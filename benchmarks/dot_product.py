@@ -40,5 +40,3 @@ def run() -> Result:
                 what = f"time over jax.nn's, T {length}, {heads} x {width}, {rows[-1]['mask']}"
                 targets.append((what, rows[-1]["ours / jax.nn"], 1.2, "at most"))
     return Result("Softmax attention, forward + backward, float32", rows, targets)
-
-

@@ -28,7 +28,9 @@ def run() -> Result:
         for name in models:
             row[f"{name}, ms"] = 1e3 * median(seconds, name) if name in names else "-"
         for name in models:
-            row[f"{name}, MB"] = temporary_bytes(models[name][0], models[name][1], tokens) / 1e6 if name in names else "-"
+            row[f"{name}, MB"] = (
+                temporary_bytes(models[name][0], models[name][1], tokens) / 1e6 if name in names else "-"
+            )
         rows.append(row)
         for name in names[1:]:
             ratios[length, name] = ratio(seconds, name, "hybrid")

@@ -59,12 +59,12 @@ class Plan:
 
 
 def block_size(length: int) -> int:
-    """The block for a sequence: about 256, evened out so that the last block is nearly as long as the others.
+    """About 128 up to 1024 and about 256 beyond, evened out so that the last block is nearly as long as the others.
 
-    Measured on a CPU: 256 x 256 was the fastest of 64..512 x 128..1024 for 4 to 64 heads of 32 and 64 (a tile of all
-    heads then stays near the cache). A sequence up to 256 is one block.
+    Measured on a CPU over 64..512 x 64..1024, 1 to 64 heads of 32 and 64: smaller tiles lose to the cost of a step,
+    larger ones fall out of the cache, and a short causal sequence wastes less of small ones.
     """
-    blocks = math.ceil(length / 256)
+    blocks = math.ceil(length / (128 if length <= 1024 else 256))
     return length if blocks == 1 else 8 * math.ceil(length / blocks / 8)
 
 
@@ -94,10 +94,10 @@ def _attention(plan: Plan, x: Operands) -> tuple[Array, Array]:
         block = absorb(block, query[row], key[col], value[col], _bias(plan, x, row, col), allowed, plan.score)
         return State(*(part.at[row].set(new) for part, new in zip(state, block, strict=True)))
 
-    state = initial_state(query, value.shape[-1], _grouped_sinks(x))
+    state = initial_state(query, value.shape[-1], grouped_sinks(x))
     out, lse = finish(_walk(plan, x, step, state))
-    out = _from_blocks(out, x.query.shape[1])
-    lse = _from_blocks(lse[..., None], x.query.shape[1])
+    out = from_blocks(out, x.query.shape[1])
+    lse = from_blocks(lse[..., None], x.query.shape[1])
     return out.reshape(*x.query.shape[:3], -1).astype(x.query.dtype), lse.reshape(x.query.shape[:3])
 
 
@@ -120,9 +120,9 @@ def _backward(plan: Plan, residuals: tuple[Operands, Array, Array], cotangents: 
     d_out, d_lse = cotangents
     query, key, value = _stacked(plan, x)
     shift, delta = row_statistics(out, lse, d_out, d_lse)
-    d_out_blocks = _to_blocks(_grouped(x, d_out), plan.block_q)
-    shift_blocks = _to_blocks(_grouped(x, shift[..., None]), plan.block_q)[..., 0]
-    delta_blocks = _to_blocks(_grouped(x, delta[..., None]), plan.block_q)[..., 0]
+    d_out_blocks = to_blocks(grouped(x, d_out), plan.block_q)
+    shift_blocks = to_blocks(grouped(x, shift[..., None]), plan.block_q)[..., 0]
+    delta_blocks = to_blocks(grouped(x, delta[..., None]), plan.block_q)[..., 0]
 
     def step(sums: _Sums, row: Any, col: Any, partial: bool) -> _Sums:
         tile = gradients(
@@ -141,9 +141,9 @@ def _backward(plan: Plan, residuals: tuple[Operands, Array, Array], cotangents: 
     d_sinks = None if x.sinks is None else sink_gradient(x.sinks, shift, delta, axes=(0, 1)).astype(x.sinks.dtype)
     return (
         Operands(
-            query=_from_blocks(sums.query, x.query.shape[1]).reshape(x.query.shape).astype(x.query.dtype),
-            key=_from_blocks(sums.key, x.key.shape[1]).astype(x.key.dtype),
-            value=_from_blocks(sums.value, x.value.shape[1]).astype(x.value.dtype),
+            query=from_blocks(sums.query, x.query.shape[1]).reshape(x.query.shape).astype(x.query.dtype),
+            key=from_blocks(sums.key, x.key.shape[1]).astype(x.key.dtype),
+            value=from_blocks(sums.value, x.value.shape[1]).astype(x.value.dtype),
             bias=None if sums.bias is None or x.bias is None else sums.bias.astype(x.bias.dtype),
             sinks=d_sinks,
         ),
@@ -189,8 +189,8 @@ def _allowed(plan: Plan, x: Operands, row: Any, col: Any, partial: bool) -> Arra
     if x.mask is not None:
         conditions.append(_cut(plan, x, x.mask, row, col))
     if x.q_segments is not None and x.kv_segments is not None:
-        q_ids = _to_blocks(x.q_segments[..., None], plan.block_q)[row]
-        kv_ids = _to_blocks(x.kv_segments[..., None], plan.block_kv)[col]
+        q_ids = to_blocks(x.q_segments[..., None], plan.block_q)[row]
+        kv_ids = to_blocks(x.kv_segments[..., None], plan.block_kv)[col]
         conditions.append((q_ids == jnp.swapaxes(kv_ids, 1, 2))[:, None, None])
     return allowed_pairs(*conditions)
 
@@ -244,34 +244,33 @@ def _heads(x: Operands) -> tuple[int, int]:
     return x.key.shape[2], x.query.shape[2] // x.key.shape[2]
 
 
-def _grouped(x: Operands, array: Array) -> Array:
+def grouped(x: Operands, array: Array) -> Array:
     """[B, T, N, ...] as [B, T, K, G, ...]."""
     return array.reshape(*array.shape[:2], *_heads(x), *array.shape[3:])
 
 
-def _grouped_sinks(x: Operands) -> Array | None:
+def grouped_sinks(x: Operands) -> Array | None:
     return None if x.sinks is None else x.sinks.reshape(_heads(x))
 
 
 def _stacked(plan: Plan, x: Operands) -> tuple[Array, Array, Array]:
     return (
-        _to_blocks(_grouped(x, x.query), plan.block_q),
-        _to_blocks(x.key, plan.block_kv),
-        _to_blocks(x.value, plan.block_kv),
+        to_blocks(grouped(x, x.query), plan.block_q),
+        to_blocks(x.key, plan.block_kv),
+        to_blocks(x.value, plan.block_kv),
     )
 
 
-def _to_blocks(x: Array, block: int) -> Array:
-    """[B, T, *heads, D] as [n, B, *heads, block, D], the last block filled up with zeros."""
+def to_blocks(x: Array, block: int, blocks: int | None = None) -> Array:
+    """[B, T, *heads, D] as [n, B, *heads, block, D], filled up with zeros; n is `blocks` or as few as hold T."""
     batch, length, *rest = x.shape
-    blocks = math.ceil(length / block)
-    if length % block:
+    blocks = blocks or math.ceil(length / block)
+    if blocks * block != length:
         x = jnp.pad(x, [(0, 0), (0, blocks * block - length), *[(0, 0)] * len(rest)])
-    x = x.reshape(batch, blocks, block, *rest)
-    return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 2, -2)
+    return jnp.moveaxis(jnp.moveaxis(x.reshape(batch, blocks, block, *rest), 1, 0), 2, -2)
 
 
-def _from_blocks(x: Array, length: int) -> Array:
+def from_blocks(x: Array, length: int) -> Array:
     """The inverse of `_to_blocks`."""
     x = jnp.moveaxis(jnp.moveaxis(x, -2, 2), 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -56,7 +56,7 @@ def dot_product_attention(
     segment_ids: SegmentIds = None,
     return_lse: bool = False,
     implementation: Choice = None,
-) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+) -> Any:
     """Softmax attention (Vaswani et al. 2017, equation 1; sinks as in gpt-oss, soft cap as in Gemma 2).
 
     Args:

@@ -86,7 +86,13 @@ def test_decoding_with_flax_cache_equals_the_parallel_layer(x):
 @pytest.mark.parametrize(
     ("op", "options", "keywords", "error", "message"),
     [
-        ("dot_product_attention", {}, {"dropout_rate": 0.1, "deterministic": False}, NotImplementedError, "dropout_rate"),
+        (
+            "dot_product_attention",
+            {},
+            {"dropout_rate": 0.1, "deterministic": False},
+            NotImplementedError,
+            "dropout_rate",
+        ),
         ("dot_product_attention", {}, {"module": object()}, NotImplementedError, "module: .* cannot sow"),
         ("dot_product_attention", {}, {"qk_attn_weights_einsum": jnp.einsum}, NotImplementedError, "own contractions"),
         ("dot_product_attention", {}, {"precision": ("high", "highest")}, NotImplementedError, "precision"),

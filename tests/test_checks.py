@@ -9,7 +9,9 @@ from jattn import checks
 
 
 def test_bind_shapes_returns_sizes():
-    sizes = checks.bind_shapes(("query", np.ones((2, 3)), "B T"), ("bias", None, "B Q"), ("key", np.ones((2, 5)), "B S"))
+    sizes = checks.bind_shapes(
+        ("query", np.ones((2, 3)), "B T"), ("bias", None, "B Q"), ("key", np.ones((2, 5)), "B S")
+    )
     assert sizes == {"B": 2, "T": 3, "S": 5}
 
 
@@ -44,7 +46,11 @@ def test_bind_shapes_errors(specs, error, message):
         (lambda: checks.check_grouped_heads(7, 3), ValueError, "query: 7 heads cannot be shared by 3"),
         (lambda: checks.check_grouped_heads(7, 0), ValueError, "query: 7 heads cannot be shared by 0"),
         (lambda: checks.check_no_empty({"S": 0}, "S"), ValueError, "dimension S is 0"),
-        (lambda: checks.check_choice("mode", "fast", ("slow",)), ValueError, "mode: expected one of 'slow', got 'fast'"),
+        (
+            lambda: checks.check_choice("mode", "fast", ("slow",)),
+            ValueError,
+            "mode: expected one of 'slow', got 'fast'",
+        ),
         (lambda: checks.check_count("window", 0), ValueError, "window: expected at least 1, got 0"),
         (lambda: checks.check_count("window", True), TypeError, "window: expected a static integer, got bool"),
         (lambda: checks.check_count("window", 2.0), TypeError, "window: expected a static integer, got float"),

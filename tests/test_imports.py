@@ -1,4 +1,4 @@
-"""The direction of import: pallas_kernels <- jattn ops <- jattn.nn <- jattn.models <- train; and a light `import jattn`."""
+"""The direction of import, pallas_kernels <- jattn <- jattn.nn <- jattn.models <- train, and a light `import jattn`."""
 
 import ast
 import subprocess

@@ -41,7 +41,7 @@ RULES: tuple[Rule, ...] = (
 def path_name(path: Sequence[Any]) -> str:
     """A key path as "units/blocks/0/mixer/..."; the wrapper that Flax puts around a value is left out."""
     wrapper = jax.tree_util.GetAttrKey("value")
-    return jax.tree_util.keystr([key for key in path if key != wrapper], simple=True, separator="/")
+    return jax.tree_util.keystr(tuple(key for key in path if key != wrapper), simple=True, separator="/")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

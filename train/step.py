@@ -77,7 +77,8 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     def build(seed: jax.Array | int) -> LM:
         return LM(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
 
-    graph, parameters, constants = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param, ...)
+    parts: Any = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param, ...)
+    graph, parameters, constants = parts
     # What is not trained (the decays of lightning attention) follows from the configuration and is made once.
     if jax.tree.leaves(constants):
         constants = jax.jit(lambda: nnx.state(build(0), nnx.Not(nnx.Param)))()

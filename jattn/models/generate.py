@@ -91,8 +91,8 @@ def generate(
     lengths = np.array([len(row) for row in rows])
     longest, shortest = int(lengths.max()), int(lengths.min())
     padded = np.zeros((len(rows), longest), np.int32)
-    for row, tokens in enumerate(rows):
-        padded[row, : len(tokens)] = tokens
+    for padded_row, row in zip(padded, rows, strict=True):
+        padded_row[: len(row)] = row
 
     graph, weights = nnx.split(model)
     state = model.init_state(len(rows), longest + max_new_tokens)
@@ -108,8 +108,8 @@ def generate(
         reading = position < lengths
         writing = ~reading & ~done & (position < lengths + max_new_tokens)
         tokens = np.where(reading, padded[:, min(position, longest - 1)], drawn)
-        for row in np.flatnonzero(writing):
-            new[row].append(int(tokens[row]))
+        for index in np.flatnonzero(writing).tolist():
+            new[index].append(int(tokens[index]))
         done |= writing & np.isin(tokens, stops)
         done |= position + 1 >= lengths + max_new_tokens
         if on_token is not None and writing.any():

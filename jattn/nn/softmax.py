@@ -18,14 +18,14 @@ from jattn.sparse.sliding_window import sliding_window_attention
 class KVCache(NamedTuple):
     """Keys and values of the past. A slot whose position is -1 holds nothing that may be attended.
 
-    `count` is the number of tokens that were written to each row; the token of position p in that count sits in slot
+    `written` is the number of tokens that were written to each row; the token of position p sits in slot
     p mod capacity, so that a window's cache is a ring and a full cache is filled from the front.
     """
 
     key: Float[Array, "B C K H"]
     value: Float[Array, "B C K H"]
     position: Int[Array, "B C"]
-    count: Int[Array, " B"]
+    written: Int[Array, " B"]
 
 
 def empty_cache(batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
@@ -36,7 +36,7 @@ def empty_cache(batch: int, capacity: int, num_kv_heads: int, head_dim: int, dty
         key=jnp.zeros(shape, dtype),
         value=jnp.zeros(shape, dtype),
         position=jnp.full((batch, capacity), -1, jnp.int32),
-        count=jnp.zeros((batch,), jnp.int32),
+        written=jnp.zeros((batch,), jnp.int32),
     )
 
 
@@ -47,7 +47,7 @@ def write_cache(
     capacity = cache.position.shape[1]
     length = key.shape[1]
     kept = min(length, capacity)
-    order = cache.count[:, None] + jnp.arange(length - kept, length, dtype=jnp.int32)
+    order = cache.written[:, None] + jnp.arange(length - kept, length, dtype=jnp.int32)
     slots = order % capacity
     rows = jnp.arange(key.shape[0])[:, None]
     # A segment that ended is forgotten: nothing before the last segment's first token may be seen again.
@@ -57,7 +57,7 @@ def write_cache(
         key=cache.key.at[rows, slots].set(key[:, length - kept :].astype(cache.key.dtype), unique_indices=True),
         value=cache.value.at[rows, slots].set(value[:, length - kept :].astype(cache.value.dtype), unique_indices=True),
         position=position.at[rows, slots].set(jnp.where(live[:, length - kept :], order, -1), unique_indices=True),
-        count=cache.count + length,
+        written=cache.written + length,
     )
 
 
@@ -129,7 +129,7 @@ class SoftmaxMixer(_Attention):
         if state is None:
             out = dot_product_attention(query, key, value, is_causal=True, segment_ids=segment_ids)
             return self.projections.merge(out), None
-        first = state.count[:, None]
+        first = state.written[:, None]
         order = first + jnp.arange(x.shape[1], dtype=jnp.int32)
         new = write_cache(state, key, value, last_segment(segment_ids, positions))
         if x.shape[1] == 1:
@@ -188,12 +188,12 @@ class SlidingWindowMixer(_Attention):
         capacity = state.position.shape[1]
         new = write_cache(state, key, value, last_segment(segment_ids, positions))
         if x.shape[1] == 1:
-            visible = (new.position > state.count[:, None] - self.window) & (new.position >= 0)
+            visible = (new.position > state.written[:, None] - self.window) & (new.position >= 0)
             keys, values = new.key.astype(key.dtype), new.value.astype(value.dtype)
             out = dot_product_attention(query, keys, values, mask=visible[:, None, None, :])
             return self.projections.merge(out), new
         # The ring in order of age stands before the new tokens, so that the window is a band again.
-        slots = (state.count[:, None] + jnp.arange(capacity)) % capacity
+        slots = (state.written[:, None] + jnp.arange(capacity)) % capacity
         rows = jnp.arange(x.shape[0])[:, None]
         live = state.position[rows, slots] >= 0
         own = jnp.ones(positions.shape, jnp.int32) if segment_ids is None else segment_ids

@@ -25,9 +25,12 @@ def make(config=CONFIG, seed=0):
     """A model whose zero-initialised parameters are not zero, so that every part of it matters."""
     model = LM(config, rngs=nnx.Rngs(seed))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))
-    noise = {jax.tree_util.keystr(path): jax.random.normal(jax.random.key(i), x.shape) for i, (path, x) in enumerate(leaves)}
+    noise = {
+        jax.tree_util.keystr(path): jax.random.normal(jax.random.key(i), x.shape) for i, (path, x) in enumerate(leaves)
+    }
     state = jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.where(jnp.any(x != 0), x, 0.2 * noise[jax.tree_util.keystr(path)]), nnx.state(model, nnx.Param)
+        lambda path, x: jnp.where(jnp.any(x != 0), x, 0.2 * noise[jax.tree_util.keystr(path)]),
+        nnx.state(model, nnx.Param),
     )
     nnx.update(model, state)
     return model
@@ -117,7 +120,11 @@ def test_bfloat16_computation_keeps_float32_weights(tokens):
 def test_flops_count_the_matrices():
     """With short sequences almost all work is in the matrices: two operations per weight and token."""
     model = make(dataclasses.replace(CONFIG, width=96, mlp_width=160))
-    matrices = sum(leaf[0].size * 2 if leaf.ndim == 3 else leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if leaf.ndim > 1)
+    matrices = sum(
+        leaf[0].size * 2 if leaf.ndim == 3 else leaf.size
+        for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))
+        if leaf.ndim > 1
+    )
     embedding = 17 * 96
     assert model.flops(1, 2) / (2 * 2 * (matrices - embedding)) == pytest.approx(1, rel=0.2)
 
