@@ -97,7 +97,7 @@ def dot_product_attention(
         symbolic = Causal() & symbolic
     check_sinks(sinks, query, sizes)
     q_segments, kv_segments = split_segment_ids(segment_ids, sizes)
-    operands = Operands(query, key, value, bias, mask_array, sinks, q_segments, kv_segments)
+    operands = varying_alike(Operands(query, key, value, bias, mask_array, sinks, q_segments, kv_segments))
     out, lse = dispatch(
         "dot_product_attention",
         _IMPLEMENTATIONS,
@@ -210,6 +210,22 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> dict[str, int]:
     check_no_empty(sizes, "BTSNKHV")
     check_grouped_heads(sizes["N"], sizes["K"])
     return sizes
+
+
+def varying_alike(operands: Operands) -> Operands:
+    """Inside `shard_map`: every operand marked as varying over the mesh axes that any of them varies over.
+
+    A custom gradient rule has to give each operand a gradient of its own type, while that of replicated sinks is a
+    sum over the devices: the transpose of this mark.
+    """
+    over = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)]
+    axes = frozenset[str]().union(*over)
+
+    def mark(x: Array) -> Array:
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(mark, operands) if axes else operands
 
 
 def check_sinks(sinks: Any, query: Any, sizes: dict[str, int]) -> None:

@@ -10,11 +10,13 @@ independent. Along the sequence (context parallelism) a device holds a piece of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -44,17 +46,19 @@ def shard_attention(
       mesh: the devices.
       batch, heads: mesh axes that split B, and N and K; every size must divide.
       context: the mesh axis that splits the sequence into consecutive pieces of equal length.
-      options: static options of the op.
+      options: static options of the op, none of them an array.
 
     Returns:
       `f(query, key, value, segment_ids=None, log_decay=None, slopes=None)` on global arrays. Only the array arguments
       that the op has may be given.
 
     Raises:
-      NotImplementedError: a combination with `context` that is not made: the message names it.
-      ValueError: sizes that do not divide over the mesh.
+      NotImplementedError: another array, another result, or a combination with `context` that is not made: the
+        message names it.
+      ValueError: an axis that the mesh lacks or that is named twice, sizes that do not divide over it.
+      TypeError, ValueError: what the op itself raises.
     """
-    table = {
+    table: dict[Any, Callable[..., Array]] = {
         dot_product_attention: _ring,
         sliding_window_attention: _halo,
         linear_attention: _state_scan,
@@ -63,6 +67,8 @@ def shard_attention(
     if op not in table:
         names = ", ".join(known.__name__ for known in table)
         raise ValueError(f"op: expected one of {names}, got {getattr(op, '__name__', op)}")
+    _check_axes(mesh, batch=batch, heads=heads, context=context)
+    _check_options(heads, options)
 
     def sharded(
         query: Array,
@@ -73,35 +79,71 @@ def shard_attention(
         log_decay: Array | None = None,
         slopes: Array | None = None,
     ) -> Array:
-        token = P(batch, context, heads, None)
-        gate = {None: None, 1: P(heads), 3: P(batch, context, heads), 4: P(batch, context, heads, None)}
-        named = {
-            "segment_ids": (segment_ids, P(batch, context)),
-            "log_decay": (log_decay, gate[None if log_decay is None else log_decay.ndim]),
-            "slopes": (slopes, P(heads)),
-        }
-        arrays = {name: array for name, (array, _) in named.items() if array is not None}
-        specs = {name: spec for name, (array, spec) in named.items() if array is not None}
+        if context is not None and isinstance(segment_ids, tuple):
+            raise NotImplementedError("segment_ids: with context, expected one array for queries and keys, got a pair")
+        given = {"segment_ids": segment_ids, "log_decay": log_decay, "slopes": slopes}
+        arrays = {name: array for name, array in given.items() if array is not None}
+        # What is wrong with the call as such, the op says in the terms of the call, not of a piece of it.
+        jax.eval_shape(lambda *operands: op(*operands[:3], **operands[3], **options), query, key, value, arrays)
         _check_divides(mesh, ("query", query), ("key", key), batch=batch, heads=heads, context=context)
+
+        token = P(batch, context, heads, None)
+        gate = {1: P(heads), 3: P(batch, context, heads), 4: token}
+        specs = {"segment_ids": P(batch, context), "slopes": P(heads)}
+        if log_decay is not None:
+            specs["log_decay"] = gate[log_decay.ndim]
 
         def body(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
             if context is None:
                 return op(query, key, value, **arrays, **options)
             return table[op](query, key, value, axis=context, **arrays, **options)
 
-        run = jax.shard_map(body, mesh=mesh, in_specs=(token, token, token, specs), out_specs=token)
-        return run(query, key, value, arrays)
+        in_specs = (token, token, token, {name: specs[name] for name in arrays})
+        return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=token)(query, key, value, arrays)
 
     return sharded
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _check_axes(mesh: Mesh, **named: Axes) -> None:
+    used: dict[str, str] = {}
+    for argument, axes in named.items():
+        for axis in _names(axes):
+            if axis not in mesh.shape:
+                raise ValueError(f"{argument}: the mesh has the axes {', '.join(mesh.shape)}, got {axis!r}")
+            if axis in used:
+                raise ValueError(f"{argument}: mesh axis {axis!r} is already used by {used[axis]}")
+            used[axis] = argument
+    if not isinstance(named["context"], (str, type(None))):
+        raise TypeError(f"context: expected the name of one mesh axis, got {named['context']!r}")
+
+
+def _check_options(heads: Axes, options: dict[str, Any]) -> None:
+    for name, option in options.items():
+        if any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(option)):
+            raise NotImplementedError(
+                f"{name}: arrays are split over the mesh only as query, key, value, segment_ids, log_decay and slopes"
+            )
+        if name in ("return_lse", "return_state") and option:
+            raise NotImplementedError(f"{name}: only the output is returned from the mesh")
+    if heads is not None and _reads_heads(options.get("mask")):
+        raise NotImplementedError(
+            "mask: an Fn may read the index of its head, which a device does not know; heads=None"
+        )
+
+
+def _reads_heads(mask: Any) -> bool:
+    parts = getattr(mask, "terms", None) or (getattr(mask, "term", None),)
+    return isinstance(mask, masks.Fn) or any(part is not None and _reads_heads(part) for part in parts)
 
 
 def _check_divides(mesh: Mesh, *named: tuple[str, Array], batch: Axes, heads: Axes, context: Axes) -> None:
     for name, x in named:
         for dimension, axes in ((0, batch), (1, context), (2, heads)):
-            used = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-            devices = 1
-            for axis in used:
-                devices *= mesh.shape[axis]
+            devices = math.prod(mesh.shape[axis] for axis in _names(axes))
             if x.shape[dimension] % devices:
                 raise ValueError(
                     f"{name}: dimension {dimension} of {tuple(x.shape)} does not divide over {devices} devices "
@@ -118,7 +160,6 @@ def _ring(
     is_causal: bool = False,
     mask: masks.Mask | None = None,
     segment_ids: Array | None = None,
-    return_lse: bool = False,
     **options: Any,
 ) -> Array:
     """Softmax attention with keys and values passed from device to device.
@@ -126,18 +167,16 @@ def _ring(
     After r passes device i holds the keys of device i - r. Causally, pass 0 is the diagonal, and a later pass counts
     where i >= r: those keys are all earlier.
     """
-    if return_lse or options.get("bias") is not None or options.get("sinks") is not None:
-        raise NotImplementedError(
-            "context: the ring does not do bias, sinks or return_lse; shard batch and heads instead"
-        )
-    if mask is not None and mask != masks.Causal():
+    if mask is not None and mask not in (masks.Full(), masks.Causal()):
         raise NotImplementedError(f"context: the ring does full and causal attention, not mask={mask}")
-    causal = is_causal or mask is not None
+    causal = is_causal or mask == masks.Causal()
+    if causal and query.shape[1] != key.shape[1]:
+        raise NotImplementedError("context: the ring does causal attention for as many queries as keys")
     devices = jax.lax.axis_size(axis)
     index = jax.lax.axis_index(axis)
     forward = [(i, (i + 1) % devices) for i in range(devices)]
     outs, lses = [], []
-    held = (key, value, segment_ids)
+    held: Any = (key, value, segment_ids)
     for passed in range(devices):
         if passed:
             held = jax.tree.map(lambda x: jax.lax.ppermute(x, axis, forward), held)
@@ -163,23 +202,26 @@ def _halo(
     *,
     axis: str,
     window: int | tuple[int, int],
+    offset: int | None = None,
     segment_ids: Array | None = None,
     **options: Any,
 ) -> Array:
     """A sliding window whose keys beyond the own piece come from the neighbours."""
-    if options.get("return_lse") or options.get("offset"):
-        raise NotImplementedError("context: the halo exchange does not do return_lse or offset")
-    left, right = (window - 1, 0) if isinstance(window, int) else window
+    if offset or query.shape[1] != key.shape[1]:
+        raise NotImplementedError("context: the halo exchange does as many queries as keys, both from position 0")
+    left, right = window if isinstance(window, tuple) else (window - 1, 0)
+    others = (jax.lax.axis_size(axis) - 1) * key.shape[1]
+    back, ahead = min(left, others), min(right, others)
     own = jnp.ones(query.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     nothing = jax.lax.pmin(jnp.min(own), axis) - 1
-    before = _neighbours(left, axis, key, value, own - nothing)
-    after = _neighbours(-right, axis, key, value, own - nothing)
+    before = _neighbours(back, axis, key, value, own - nothing)
+    after = _neighbours(-ahead, axis, key, value, own - nothing)
     keys, values, ids = (
         jnp.concatenate([a, b, c], axis=1) for a, b, c in zip(before, (key, value, own - nothing), after, strict=True)
     )
     # A device at the end receives zeros, and no token has segment 0.
     return sliding_window_attention(
-        query, keys, values, window=(left, right), offset=left, segment_ids=(own - nothing, ids), **options
+        query, keys, values, window=(left, right), offset=back, segment_ids=(own - nothing, ids), **options
     )
 
 
@@ -203,9 +245,7 @@ def _neighbours(count: int, axis: str, *arrays: Array) -> list[Array]:
 def _lightning_scan(
     query: Array, key: Array, value: Array, *, axis: str, slopes: Array | None = None, **options: Any
 ) -> Array:
-    return _state_scan(
-        query, key, value, axis=axis, log_decay=None if slopes is None else -slopes, **{"is_causal": True, **options}
-    )
+    return _state_scan(query, key, value, axis=axis, log_decay=None if slopes is None else -slopes, **options)
 
 
 def _state_scan(
@@ -216,14 +256,12 @@ def _state_scan(
     axis: str,
     log_decay: Array | None = None,
     segment_ids: Array | None = None,
-    is_causal: bool = False,
+    is_causal: bool = True,
     **options: Any,
 ) -> Array:
     """Causal linear attention that starts every piece from the state at the end of the pieces before it."""
-    refused = ("reverse", "initial_state", "return_state", "mask")
-    unsupported = [name for name in refused if options.get(name) not in (None, False)]
-    if not is_causal or unsupported:
-        what = ", ".join(unsupported) or "is_causal=False"
+    if not is_causal or options.get("reverse"):
+        what = "reverse" if is_causal else "is_causal=False"
         raise NotImplementedError(f"context: the state scan does causal linear attention without {what}")
     arguments = (query, key, value, log_decay)
     keywords: dict[str, Any] = {"segment_ids": segment_ids, "is_causal": True, **options}

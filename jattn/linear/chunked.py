@@ -144,7 +144,7 @@ def _block(
         kept, written = chunk
         return kept * state + written, state
 
-    state, entered = jax.lax.scan(step, state, (kept, written))
+    state, entered = jax.lax.scan(step, state, (kept, written), unroll=4)
     out = product("bkngcd,bkndv->bkngcv", weights.astype(value.dtype), value)
     decayed = (query * read[:, :, :, None]).astype(query.dtype)
     out += product("bkngch,nbkhv->bkngcv", decayed, entered.astype(query.dtype))

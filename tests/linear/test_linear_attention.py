@@ -371,6 +371,19 @@ def test_inside_shard_map_replicated_gates_get_the_whole_gradient():
     assert_close(got, run(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *args), 1e-6)
 
 
+def test_on_an_explicit_mesh_batch_and_heads_stay_sharded():
+    rng = np.random.default_rng(0)
+    args = [rng.standard_normal((2, 37, heads, H)).astype(np.float32) for heads in (4, 2, 2)]
+    op = functools.partial(linear_attention, segment_ids=SEGMENTS, chunk_size=2)  # more than one block of chunks
+    want = run(op, *args)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        spec = P("data", None, "tensor")
+        out = run(op, *(jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)) for x in args))
+        assert jax.typeof(out).sharding.spec == P("data", None, "tensor", None)
+    assert_close(out, want, 1e-6)
+
+
 @pytest.mark.parametrize("form", ["constant", "channel"])
 def test_memory_is_linear_in_the_length(form):
     def compiled(length):

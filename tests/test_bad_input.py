@@ -1,0 +1,234 @@
+"""Every op, fed with arguments of which one is wrong: it answers rightly or says which one.
+
+Hypothesis spoils one argument of a good call. A call that is refused must say so in a ValueError, TypeError or
+NotImplementedError that begins with the argument's name; a call that is accepted must equal a definition in NumPy.
+Nothing is compiled to find out: the call is only traced.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from jattn import catalog, masks
+from jattn.linear.recurrence import LinearState
+
+B, T, N, K, H, V = 2, 13, 6, 3, 5, 7
+ARRAYS = ("query", "key", "value", "bias", "sinks", "log_decay", "slopes")
+OPERANDS = ("query", "key", "value")
+
+
+def good(entry: catalog.Entry) -> dict[str, Any]:
+    """Arguments that every option may be added to, by name."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "query": (B, T, N, H), "key": (B, T, K, H), "value": (B, T, K, V), "bias": (B, N, T, T), "sinks": (N,),
+        "log_decay": (B, T, K), "slopes": (K,),
+    }  # fmt: skip
+    x: dict[str, Any] = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    x["log_decay"] = -np.abs(x["log_decay"])
+    x["slopes"] = np.abs(x["slopes"])
+    x["segment_ids"] = np.sort(rng.integers(0, 3, (B, T))).astype(np.int32)
+    x["mask"] = np.ones((B, 1, 1, T), bool)
+    x["initial_state"] = LinearState(rng.standard_normal((B, K, H, V)).astype(np.float32), None)
+    accepted = inspect.signature(entry.load_op()).parameters
+    return {**{name: array for name, array in x.items() if name in accepted}, **entry.example}
+
+
+def outcome(entry: catalog.Entry, x: dict[str, Any]) -> tuple[Any, str | None]:
+    """The shape of the result or the message of the refusal; any other exception goes on and fails the test."""
+    is_array = {name: isinstance(leaf, (np.ndarray, LinearState)) for name, leaf in x.items()}
+    arrays = {name: leaf for name, leaf in x.items() if is_array[name]}
+    static = {name: leaf for name, leaf in x.items() if not is_array[name]}
+    try:
+        return jax.eval_shape(lambda arrays: entry.load_op()(**arrays, **static), arrays), None
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return None, str(error)
+
+
+def truth(x: dict[str, Any]) -> Any:
+    """The output in float64, query by query; `x` holds what the call holds."""
+    query, key, value = (np.asarray(x[name], np.float64) for name in OPERANDS)
+    out = np.zeros((*query.shape[:3], value.shape[3]))
+    is_linear = "initial_state" in x
+    scale = x.get("scale")
+    scale = (1.0 if is_linear else query.shape[3] ** -0.5) if scale is None else scale
+    gates = np.zeros(key.shape)
+    if x.get("slopes") is not None:
+        gates = gates - x["slopes"][:, None]
+    if x.get("log_decay") is not None:
+        decay = x["log_decay"]
+        gates = gates + (decay if decay.ndim == 4 else decay[..., None])
+    ids = x.get("segment_ids")
+    state = x.get("initial_state")
+    for b, t, n in np.ndindex(query.shape[:3]):
+        k = n // (query.shape[2] // key.shape[2])
+        allowed = np.ones(key.shape[1], bool) if ids is None else ids[b, t] == ids[b]
+        if x.get("mask") is not None:
+            allowed &= x["mask"][b % len(x["mask"]), 0, 0]
+        distance = t - np.arange(key.shape[1])
+        if is_linear:
+            if x.get("is_causal", True):
+                allowed &= distance >= 0
+            cumulated = np.cumsum(gates[b, :, k], axis=0)
+            decay = np.exp(-np.abs(cumulated[t] - cumulated))
+            weights = scale * np.sum(query[b, t, n] * key[b, :, k] * decay, axis=-1)
+            out[b, t, n] = (weights * allowed) @ value[b, :, k]
+            if state is not None and (ids is None or ids[b, t] == ids[b, 0]):
+                out[b, t, n] += scale * (query[b, t, n] * np.exp(cumulated[t])) @ state.S[b, k]
+            continue
+        if "window" in x:
+            left, right = x["window"] if isinstance(x["window"], tuple) else (x["window"] - 1, 0)
+            allowed &= (distance + (x.get("offset") or 0) <= left) & (distance + (x.get("offset") or 0) >= -right)
+        if x.get("is_causal"):
+            allowed &= distance >= 0
+        logits = scale * key[b, :, k] @ query[b, t, n]
+        if x.get("bias") is not None:
+            logits = logits + np.broadcast_to(x["bias"], (*query.shape[:1], N, *[T] * 2))[b, n, t]
+        cap = x.get("logits_soft_cap")
+        logits = cap * np.tanh(logits / cap) if cap else logits
+        weights = np.where(allowed, np.exp(logits), 0)
+        total = np.sum(weights) + (0 if x.get("sinks") is None else np.exp(float(x["sinks"][n])))
+        out[b, t, n] = weights @ value[b, :, k] / total if total else 0
+    return out
+
+
+@functools.cache
+def answer_is_right(name: str, change: str, spoilt: Spoilt) -> None:
+    """The accepted call, run for once; the arguments before the last name it in the cache."""
+    del change
+    got = catalog.get(name).load_op()(**spoilt.arguments)
+    out = np.asarray(got[0] if isinstance(got, tuple) else got, np.float64)
+    want = truth(spoilt.arguments)
+    assert out.shape == want.shape
+    eps = float(jnp.finfo(spoilt.arguments["query"].dtype).eps)
+    assert np.max(np.abs(out - want)) <= 16 * eps * max(1.0, float(np.max(np.abs(want))))
+
+
+class Spoilt:
+    """Arguments that do not take part in the cache's key."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def shape_changes(x: np.ndarray) -> dict[str, Any]:
+    """An array of which the rank or one size is another; sizes become 0, 1, one less, and twice as large."""
+    changes: dict[str, Any] = {"one axis less": x[0], "one axis more": x[None], "no axis": x.ravel()[0:1].reshape(())}
+    for axis in range(x.ndim):
+        for size in (0, 1, x.shape[axis] - 1, 2 * x.shape[axis]):
+            changes[f"axis {axis} of size {size}"] = np.take(x, np.arange(size) % x.shape[axis], axis=axis)
+    if x.ndim > 1:
+        changes["transposed"] = np.ascontiguousarray(np.swapaxes(x, -1, -2))
+    return changes
+
+
+def type_changes(x: np.ndarray) -> dict[str, Any]:
+    dtypes = ("int32", "uint8", "bool", "complex64", "float16", "bfloat16", "float32")
+    casts = {dtype: x.astype(jnp.dtype(dtype)) for dtype in dtypes if jnp.dtype(dtype) != x.dtype}
+    return {**casts, "a list": x.tolist(), "a number": 0.5, "None": None, "a string": "causal", "a dict": {"x": x}}
+
+
+def state_changes(state: LinearState) -> dict[str, Any]:
+    arrays = {**shape_changes(state.S), **type_changes(state.S)}
+    z = np.ones((B, K, H), np.float32)
+    return {
+        **{f"S: {name}": LinearState(array, None) for name, array in arrays.items()},
+        "z too": LinearState(state.S, z),
+        "z for S": LinearState(z, None),
+        "None": None,
+        "an array": state.S,
+        "a tuple": tuple(state),
+    }
+
+
+NUMBERS = (0, -1, 2.5, True, "0.5", None, 1j, [1], np.ones(1, np.float32), (1, 2), float("nan"))
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "window": (*NUMBERS, 4, 10**6, (0, 0), (2,), (1, 2, 3), (-1, 2), (1, 2.5), (1, True), "4"),
+    "offset": (*NUMBERS, 1, -20),
+    "scale": (*NUMBERS, 0.25),
+    "logits_soft_cap": (*NUMBERS, 3.0, float("inf")),
+    "chunk_size": (*NUMBERS, 3, -8, 8, 16.0, 2**20),
+    "eps": NUMBERS,
+    "eps_mode": ("numerator", 0, None, True),
+    "normalize": ("yes", None, 2, np.ones(1, bool)),
+    "is_causal": ("yes", None, 2, True, False, np.ones(1, bool)),
+    "reverse": ("yes", None, 2, False, np.ones(1, bool)),
+    "return_lse": ("yes", None, 2, True, np.ones(1, bool)),
+    "return_state": ("yes", None, 2, True, np.ones(1, bool)),
+    "mask": ("causal", None, 1.0, [True], np.ones((B, 1, 1, T), np.float32), np.ones((T, T), bool),
+             np.ones((B, N, T, T - 1), bool), np.ones((B, 2, T, T), bool), np.ones((1, 1, 1, T), bool),
+             np.ones((B, T), bool), masks.Causal, np.ones((B, 1, 1, T), np.int32)),
+    "implementation": ("cuda", "", (), ("xla", "cuda"), "pallas", "interpret", 3, True, ["reference"], {"xla": 1}),
+    "segment_ids": ((), (np.ones((B, T), np.int32),), (np.ones((B, T), np.int32), None), [np.ones((B, T), np.int32)] * 3),
+}  # fmt: skip
+
+
+def changes_of(entry: catalog.Entry) -> dict[tuple[str, str], Any]:
+    """(argument, what is done to it) -> what takes its place."""
+    accepted, x = inspect.signature(entry.load_op()).parameters, good(entry)
+    changes: dict[tuple[str, str], Any] = {}
+    for name, argument in x.items():
+        if isinstance(argument, np.ndarray):
+            found = {**shape_changes(argument), **type_changes(argument)}
+        else:
+            found = state_changes(argument) if isinstance(argument, LinearState) else {}
+        changes |= {(name, change): value for change, value in found.items()}
+    for name, values in OPTIONS.items():
+        if name in accepted:
+            changes |= {(name, f"option {i} {value!r:.40}"): value for i, value in enumerate(values)}
+    return changes
+
+
+@pytest.mark.parametrize("entry", catalog.CATALOG, ids=lambda entry: entry.name)
+@settings(derandomize=True, max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_one_wrong_argument_is_named_or_the_answer_is_right(entry, data):
+    every = changes_of_cached(entry.name)
+    name, change = data.draw(st.sampled_from(sorted(every)))
+    # Arguments that may be left out are, by chance, so that no check hides behind another.
+    x = good(entry)
+    for optional in sorted(set(x) - {*OPERANDS, name, *entry.example}):
+        if data.draw(st.booleans(), label=f"without {optional}"):
+            del x[optional]
+    check(entry, x, name, change, every[name, change])
+
+
+@functools.cache
+def changes_of_cached(name: str) -> dict[tuple[str, str], Any]:
+    return changes_of(catalog.get(name))
+
+
+@pytest.mark.parametrize("entry", catalog.CATALOG, ids=lambda entry: entry.name)
+def test_every_wrong_argument_alone(entry):
+    for (name, change), value in changes_of_cached(entry.name).items():
+        x = {key: array for key, array in good(entry).items() if key in (*OPERANDS, *entry.example)}
+        check(entry, x, name, change, value)
+
+
+def check(entry: catalog.Entry, x: dict[str, Any], name: str, change: str, value: Any) -> None:
+    x = {**x, name: value}
+    result, message = outcome(entry, x)
+    if message is not None:
+        head = message.split(":")[0]
+        # A query, key or value that disagrees with another argument may be right, and then the other is wrong.
+        names = inspect.signature(entry.load_op()).parameters if name in OPERANDS else (name,)
+        assert any(word in head for word in (*names, "dimension ")), (name, change, message)
+        return
+    out = result[0] if isinstance(result, tuple) else result
+    assert out.shape == (*x["query"].shape[:3], x["value"].shape[3])
+    assert out.dtype == x["query"].dtype

@@ -1,0 +1,213 @@
+"""`shard_attention` on eight host devices against the same op on one, values and gradients."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jattn import masks
+from jattn.dot_product import dot_product_attention
+from jattn.linear.lightning import lightning_attention
+from jattn.linear.recurrence import linear_attention
+from jattn.sharding import shard_attention
+from jattn.sparse.sliding_window import sliding_window_attention
+
+B, T, N, K, H, V = 2, 24, 8, 4, 5, 7
+# Four pieces of six tokens (two of twelve). Borders of segments lie inside pieces, at 6 and 12, and one segment of the
+# second row covers whole pieces; neither row numbers its segments from 0 or without gaps.
+SEGMENTS = np.stack([np.repeat([-3, 1, 2, 5], [4, 2, 6, 12]), np.repeat([0, 7, 9], [5, 16, 3])]).astype(np.int32)
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_mesh(**axes: int) -> Any:
+    count = int(np.prod(list(axes.values())))
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=jax.devices()[:count]
+    )
+
+
+def make(length: int = T, **more: tuple[int, ...]) -> dict[str, Any]:
+    """Query, key, value and gates by name; positive queries and keys, as a normalised form wants them."""
+    rng = np.random.default_rng(length)
+    x = {
+        "query": rng.uniform(0.1, 1, (B, length, N, H)),
+        "key": rng.uniform(0.1, 1, (B, length, K, H)),
+        "value": rng.standard_normal((B, length, K, V)),
+        **{name: rng.exponential(0.2, shape) * (1 if name == "slopes" else -1) for name, shape in more.items()},
+    }
+    return {name: array.astype(np.float32) for name, array in x.items()}
+
+
+WEIGHTS = np.random.default_rng(1).standard_normal((B, T, N, V)).astype(np.float32)
+
+
+def value_and_gradients(op: Any, x: dict[str, Any], segment_ids: Any) -> Any:
+    """The output and the gradients of all arrays of a random projection of it."""
+    ids = {} if segment_ids is None else {"segment_ids": segment_ids}
+
+    def loss(x: dict[str, Any]) -> Any:
+        gates = {name: array for name, array in x.items() if name in ("log_decay", "slopes")}
+        out = op(x["query"], x["key"], x["value"], **gates, **ids)
+        return jnp.sum(out * WEIGHTS), out
+
+    gradients, out = quick_jit(jax.grad(loss, has_aux=True))(x)
+    return out, gradients
+
+
+def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.sqrt(np.mean((a - b) ** 2)) <= tolerance * np.sqrt(np.mean(b**2))
+
+
+@functools.cache
+def everything_but_context() -> Any:
+    return make_mesh(data=2, tensor=4)
+
+
+OPS = {
+    "softmax": (dot_product_attention, {"is_causal": True}, {}),
+    "window": (sliding_window_attention, {"window": 5}, {}),
+    "linear": (linear_attention, {"normalize": True}, {"log_decay": (B, T, K, H)}),
+    "lightning": (lightning_attention, {}, {"slopes": (K,)}),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_batch_and_heads(name):
+    op, options, more = OPS[name]
+    x = make(**more)
+    sharded = shard_attention(op, everything_but_context(), batch="data", heads="tensor", **options)
+    want = value_and_gradients(functools.partial(op, **options), x, SEGMENTS)
+    assert_close(value_and_gradients(sharded, x, SEGMENTS), want)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_compiler_splits_batch_and_heads_by_itself(name):
+    op, options, more = OPS[name]
+    mesh, x = everything_but_context(), make(**more)
+    specs = {3: P("data", None, "tensor"), 4: P("data", None, "tensor", None), 1: P("tensor")}
+    placed = {key: jax.device_put(array, NamedSharding(mesh, specs[array.ndim])) for key, array in x.items()}
+    ids = jax.device_put(SEGMENTS, NamedSharding(mesh, P("data")))
+    op = functools.partial(op, **options)
+    assert_close(value_and_gradients(op, placed, ids), value_and_gradients(op, x, SEGMENTS))
+
+
+CONTEXT = {
+    "ring": (dot_product_attention, {}, {}),
+    "ring-causal": (dot_product_attention, {"is_causal": True, "scale": 3.0}, {}),
+    "ring-causal-mask": (dot_product_attention, {"mask": masks.Causal(), "logits_soft_cap": 1.5}, {}),
+    "halo-of-one": (sliding_window_attention, {"window": 2}, {}),
+    "halo-in-reach": (sliding_window_attention, {"window": 4}, {}),
+    "halo-of-hops": (sliding_window_attention, {"window": (14, 8)}, {}),
+    "halo-right": (sliding_window_attention, {"window": (0, 5)}, {}),
+    "halo-beyond": (sliding_window_attention, {"window": 10**6, "offset": 0}, {}),
+    "linear": (linear_attention, {"is_causal": True}, {}),
+    "linear-constant": (linear_attention, {}, {"log_decay": (K,)}),
+    "linear-token": (linear_attention, {"chunk_size": 4}, {"log_decay": (B, T, K)}),
+    "linear-channel": (linear_attention, {}, {"log_decay": (B, T, K, H)}),
+    "linear-normalized": (linear_attention, {"normalize": True, "scale": 0.3}, {"log_decay": (B, T, K, H)}),
+    "lightning": (lightning_attention, {}, {"slopes": (K,)}),
+}
+
+
+@pytest.mark.parametrize("has_segments", [False, True], ids=("whole", "segments"))
+@pytest.mark.parametrize("name", CONTEXT)
+def test_context(name, has_segments):
+    """Four devices along the sequence and two over the heads; a quarter of the sequence is six tokens."""
+    op, options, more = CONTEXT[name]
+    x, ids = make(**more), SEGMENTS if has_segments else None
+    sharded = shard_attention(op, make_mesh(context=4, tensor=2), heads="tensor", context="context", **options)
+    want = value_and_gradients(functools.partial(op, **options), x, ids)
+    assert_close(value_and_gradients(sharded, x, ids), want)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_batch_heads_and_context_together(name):
+    op, options, more = OPS[name]
+    x = make(**more)
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    sharded = shard_attention(op, mesh, batch="data", heads="tensor", context="context", **options)
+    want = value_and_gradients(functools.partial(op, **options), x, SEGMENTS)
+    assert_close(value_and_gradients(sharded, x, SEGMENTS), want)
+
+
+def test_two_axes_split_the_batch_and_the_dtype_stays():
+    x = {name: jnp.asarray(array, jnp.bfloat16) for name, array in make().items()}
+    x = {name: jnp.concatenate([array, array], axis=0) for name, array in x.items()}
+    mesh = make_mesh(data=2, fsdp=2, context=2)
+    sharded = shard_attention(dot_product_attention, mesh, batch=("data", "fsdp"), context="context", is_causal=True)
+    out = quick_jit(sharded)(**x)
+    assert out.dtype == jnp.bfloat16
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), "context")), out.ndim)
+    # One rounding of each partial output and one of the merged.
+    assert_close(out, quick_jit(functools.partial(dot_product_attention, is_causal=True))(**x), 3 * 2**-9)
+
+
+def test_ring_for_more_keys_than_queries():
+    x, longer = make(), make(2 * T)
+    x = {"query": x["query"], "key": longer["key"], "value": longer["value"]}
+    sharded = shard_attention(dot_product_attention, make_mesh(context=4), context="context")
+    assert_close(value_and_gradients(sharded, x, None), value_and_gradients(dot_product_attention, x, None))
+
+
+def refused(op: Any, message: str, error: Any = NotImplementedError, length: int = T, axes: Any = None, **given: Any):
+    """A call with `context` over four devices that must say `message`."""
+    arrays = {name: given.pop(name) for name in ("segment_ids", "log_decay", "slopes") if name in given}
+    x = {**make(length), **{name: given.pop(name) for name in ("query", "key", "value") if name in given}}
+    with pytest.raises(error, match=message):
+        shard_attention(op, make_mesh(context=4, tensor=2), **(axes or {"context": "context"}), **given)(**x, **arrays)
+
+
+BOTH = ("context", "tensor")
+BY_HEAD = masks.Causal() & ~masks.Fn(lambda q, k, head: q > k + head, key="distance by head")
+ZEROS = np.zeros((B, T, K, H), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("op", "message", "error", "given"),
+    [
+        (dot_product_attention, "^return_lse: only the output", NotImplementedError, {"return_lse": True}),
+        (linear_attention, "^return_state: only the output", NotImplementedError, {"return_state": True}),
+        (dot_product_attention, "^sinks: arrays are split", NotImplementedError, {"sinks": np.zeros(N, np.float32)}),
+        (dot_product_attention, "^bias: arrays", NotImplementedError, {"bias": np.zeros((1, 1, T, T), np.float32)}),
+        (dot_product_attention, "^mask: arrays", NotImplementedError, {"mask": np.ones((1, 1, T, T), bool)}),
+        (linear_attention, "^initial_state: arrays", NotImplementedError, {"initial_state": (ZEROS[:, 0], None)}),
+        (dot_product_attention, "not mask=", NotImplementedError, {"mask": masks.SlidingWindow(3)}),
+        (dot_product_attention, "^context: .* as many", NotImplementedError, {"mask": masks.Causal(), "length": 2 * T}),
+        (dot_product_attention, "^is_causal: .* two readings", ValueError, {"is_causal": True, "length": 2 * T}),
+        (dot_product_attention, "^segment_ids: .* pair", NotImplementedError, {"segment_ids": (SEGMENTS, SEGMENTS)}),
+        (sliding_window_attention, "^context: the halo", NotImplementedError, {"window": 3, "offset": 2}),
+        (sliding_window_attention, "^offset: .* two readings", ValueError, {"window": 3, "length": 2 * T}),
+        (sliding_window_attention, "^window: expected at least 1, got 0", ValueError, {"window": 0}),
+        (sliding_window_attention, "^window: expected a static integer", TypeError, {"window": 2.5}),
+        (linear_attention, "without is_causal=False", NotImplementedError, {"is_causal": False}),
+        (linear_attention, "without reverse", NotImplementedError, {"reverse": True}),
+        (lightning_attention, "without reverse", NotImplementedError, {"reverse": True}),
+        (linear_attention, r"^log_decay: expected \[K\]", ValueError, {"log_decay": ZEROS[0, 0]}),
+        (linear_attention, "slopes", TypeError, {"slopes": np.ones(K, np.float32)}),
+        (lightning_attention, r"^slopes: expected \[K\]", ValueError, {"slopes": np.ones(N, np.float32)}),
+        (dot_product_attention, "^segment_ids", ValueError, {"segment_ids": SEGMENTS[:, 1:]}),
+        (dot_product_attention, "^query: expected 4 dimensions", ValueError, {"query": np.ones((B, T, N))}),
+        (dot_product_attention, "^query: dimension 1 .* over 4 devices", ValueError, {"length": 22}),
+        (dot_product_attention, "^key: dimension 2 .* 8 devices", ValueError, {"axes": {"heads": BOTH}}),
+        (dot_product_attention, "^context: expected the name", TypeError, {"axes": {"context": BOTH}}),
+        (dot_product_attention, "^heads: .* used by batch", ValueError, {"axes": {"batch": "tensor", "heads": BOTH}}),
+        (dot_product_attention, "^context: .* axes context, tensor", ValueError, {"axes": {"context": "seq"}}),
+        (dot_product_attention, "^mask: an Fn", NotImplementedError, {"axes": {"heads": "tensor"}, "mask": BY_HEAD}),
+        (jnp.dot, "^op: expected one of dot_product_attention", ValueError, {}),
+    ],
+)  # fmt: skip
+def test_what_is_not_made_says_so(op, message, error, given):
+    given = dict(given)
+    if given.get("length") == 2 * T:
+        given["query"] = make()["query"]
+    refused(op, message, error, **given)
