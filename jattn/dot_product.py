@@ -204,6 +204,8 @@ def merge_attentions(
 
 def check_query_key_value(query: Any, key: Any, value: Any) -> dict[str, int]:
     """The sizes B, T, S, N, K, H, V of a call whose arrays fit together."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_array(name, x)
     sizes = bind_shapes(("query", query, "B T N H"), ("key", key, "B S K H"), ("value", value, "B S K V"))
     check_floating(query=query)
     check_same_dtype(query=query, key=key, value=value)

@@ -24,7 +24,7 @@ def config() -> RunConfig:
         data=DataConfig(source=("pydoc",), context=512, batch=2),
         optimizer=OptimizerConfig(name="muon", matrix_learning_rate=0.03, learning_rate=0.006),
         # Start, compilation and training; sample text and report take what is left of three minutes.
-        schedule=ScheduleConfig(seconds=150.0, warmup=0.03, decay="wsd", decay_fraction=0.6),
+        schedule=ScheduleConfig(seconds=155.0, warmup=0.03, decay="wsd", decay_fraction=0.6),
         sample=SampleConfig(prompts=("The ",), tokens=500),
         eval_every=None,
     )
