@@ -26,7 +26,6 @@ from jattn.softmax_tile import (
     Score,
     State,
     absorb,
-    allowed_pairs,
     finish,
     gradients,
     initial_state,
@@ -86,15 +85,15 @@ def blockwise_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: Plan, x: Operands) -> tuple[Array, Array]:
-    query, key, value = _stacked(plan, x)
+    stacks = _stack(plan, x)
 
     def step(state: State, row: Any, col: Any, partial: bool) -> State:
-        allowed = _allowed(plan, x, row, col, partial)
+        query, key, value, bias, allowed = _cut(plan, x, stacks, row, col, partial)
         block = State(*(part[row] for part in state))
-        block = absorb(block, query[row], key[col], value[col], _bias(plan, x, row, col), allowed, plan.score)
+        block = absorb(block, query, key, value, bias, allowed, plan.score)
         return State(*(part.at[row].set(new) for part, new in zip(state, block, strict=True)))
 
-    state = initial_state(query, value.shape[-1], grouped_sinks(x))
+    state = initial_state(stacks.query, x.value.shape[-1], grouped_sinks(x))
     out, lse = finish(_walk(plan, x, step, state))
     out = from_blocks(out, x.query.shape[1])
     lse = from_blocks(lse[..., None], x.query.shape[1])
@@ -118,17 +117,14 @@ class _Sums(NamedTuple):
 def _backward(plan: Plan, residuals: tuple[Operands, Array, Array], cotangents: tuple[Array, Array]) -> tuple[Operands]:
     x, out, lse = residuals
     d_out, d_lse = cotangents
-    query, key, value = _stacked(plan, x)
+    stacks = _stack(plan, x)
     shift, delta = row_statistics(out, lse, d_out, d_lse)
-    d_out_blocks = to_blocks(grouped(x, d_out), plan.block_q)
-    shift_blocks = to_blocks(grouped(x, shift[..., None]), plan.block_q)[..., 0]
-    delta_blocks = to_blocks(grouped(x, delta[..., None]), plan.block_q)[..., 0]
+    rows = tuple(to_blocks(grouped(x, a), plan.block_q) for a in (shift[..., None], delta[..., None], d_out))
 
     def step(sums: _Sums, row: Any, col: Any, partial: bool) -> _Sums:
-        tile = gradients(
-            query[row], key[col], value[col], _bias(plan, x, row, col), _allowed(plan, x, row, col, partial),
-            shift_blocks[row], delta_blocks[row], d_out_blocks[row], plan.score,
-        )  # fmt: skip
+        query, key, value, bias, allowed = _cut(plan, x, stacks, row, col, partial)
+        shift, delta, d_out = (stack[row] for stack in rows)
+        tile = gradients(query, key, value, bias, allowed, shift[..., 0], delta[..., 0], d_out, plan.score)
         return _Sums(
             query=sums.query.at[row].add(tile.query),
             key=sums.key.at[col].add(tile.key),
@@ -136,7 +132,7 @@ def _backward(plan: Plan, residuals: tuple[Operands, Array, Array], cotangents: 
             bias=None if sums.bias is None else _add_to_bias(plan, sums.bias, tile.logits, row, col),
         )
 
-    zeros = jax.tree.map(lambda a: jnp.zeros_like(a, lse.dtype), _Sums(query, key, value, x.bias))
+    zeros = jax.tree.map(lambda a: jnp.zeros_like(a, lse.dtype), _Sums(*stacks[:3], x.bias))
     sums = _walk(plan, x, step, zeros)
     d_sinks = None if x.sinks is None else sink_gradient(x.sinks, shift, delta, axes=(0, 1)).astype(x.sinks.dtype)
     return (
@@ -173,10 +169,32 @@ def _loop(step: Callable[..., Any], carry: Any, row: np.ndarray, col: np.ndarray
     return carry
 
 
-def _allowed(plan: Plan, x: Operands, row: Any, col: Any, partial: bool) -> Array | None:
-    """Who may attend to whom in a tile, broadcastable to [B, K, G, bq, bk]; `None` is everyone."""
+class Stacks(NamedTuple):
+    """Operands cut into blocks: queries `[nq, B, K, G, bq, H]`, keys and values `[nk, B, K, bk, .]`, ids `[., B, b, 1]`."""
+
+    query: Array
+    key: Array
+    value: Array
+    q_segments: Array | None
+    kv_segments: Array | None
+
+
+def _stack(plan: Plan, x: Operands) -> Stacks:
+    return Stacks(
+        to_blocks(grouped(x, x.query), plan.block_q),
+        to_blocks(x.key, plan.block_kv),
+        to_blocks(x.value, plan.block_kv),
+        None if x.q_segments is None else to_blocks(x.q_segments[..., None], plan.block_q),
+        None if x.kv_segments is None else to_blocks(x.kv_segments[..., None], plan.block_kv),
+    )
+
+
+def _cut(
+    plan: Plan, x: Operands, stacks: Stacks, row: Any, col: Any, partial: bool
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """Query, key, value, bias of a tile and who may attend to whom there; the last two broadcast to [B, K, G, bq, bk]."""
     q_len, kv_len = x.query.shape[1], x.key.shape[1]
-    conditions: list[Array | None] = []
+    conditions: list[Array] = []
     if partial:
         q_pos = row * plan.block_q + jnp.arange(plan.block_q)[:, None]
         kv_pos = col * plan.block_kv + jnp.arange(plan.block_kv)[None, :]
@@ -187,19 +205,16 @@ def _allowed(plan: Plan, x: Operands, row: Any, col: Any, partial: bool) -> Arra
         if kv_len % plan.block_kv:
             conditions.append(kv_pos < kv_len)
     if x.mask is not None:
-        conditions.append(_cut(plan, x, x.mask, row, col))
-    if x.q_segments is not None and x.kv_segments is not None:
-        q_ids = to_blocks(x.q_segments[..., None], plan.block_q)[row]
-        kv_ids = to_blocks(x.kv_segments[..., None], plan.block_kv)[col]
-        conditions.append((q_ids == jnp.swapaxes(kv_ids, 1, 2))[:, None, None])
-    return allowed_pairs(*conditions)
+        conditions.append(_cut_pairs(plan, x, x.mask, row, col))
+    if stacks.q_segments is not None and stacks.kv_segments is not None:
+        same = stacks.q_segments[row] == jnp.swapaxes(stacks.kv_segments[col], 1, 2)
+        conditions.append(same[:, None, None])
+    bias = None if x.bias is None else _cut_pairs(plan, x, x.bias, row, col)
+    allowed = functools.reduce(jnp.logical_and, conditions) if conditions else None
+    return stacks.query[row], stacks.key[col], stacks.value[col], bias, allowed
 
 
-def _bias(plan: Plan, x: Operands, row: Any, col: Any) -> Array | None:
-    return None if x.bias is None else _cut(plan, x, x.bias, row, col)
-
-
-def _cut(plan: Plan, x: Operands, array: Array, row: Any, col: Any) -> Array:
+def _cut_pairs(plan: Plan, x: Operands, array: Array, row: Any, col: Any) -> Array:
     """The tile [#B, #K, #G, #bq, #bk] of an array [#B, #N, #T, #S]; beyond the sequence it holds anything."""
     batch, heads, q_len, kv_len = array.shape
     starts, (down, right) = _places(plan, array, row, col)
@@ -253,14 +268,6 @@ def grouped_sinks(x: Operands) -> Array | None:
     return None if x.sinks is None else x.sinks.reshape(_heads(x))
 
 
-def _stacked(plan: Plan, x: Operands) -> tuple[Array, Array, Array]:
-    return (
-        to_blocks(grouped(x, x.query), plan.block_q),
-        to_blocks(x.key, plan.block_kv),
-        to_blocks(x.value, plan.block_kv),
-    )
-
-
 def to_blocks(x: Array, block: int, blocks: int | None = None) -> Array:
     """[B, T, *heads, D] as [n, B, *heads, block, D], filled up with zeros; n is `blocks` or as few as hold T."""
     batch, length, *rest = x.shape
@@ -271,6 +278,6 @@ def to_blocks(x: Array, block: int, blocks: int | None = None) -> Array:
 
 
 def from_blocks(x: Array, length: int) -> Array:
-    """The inverse of `_to_blocks`."""
+    """The inverse of `to_blocks`."""
     x = jnp.moveaxis(jnp.moveaxis(x, -2, 2), 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

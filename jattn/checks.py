@@ -109,6 +109,13 @@ def check_choice(name: str, value: Any, options: Iterable[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
+def check_flags(**flags: Any) -> None:
+    """Every value given is a Python or NumPy boolean; nothing else is taken for true or false."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name}: expected a static True or False, got {type(value).__name__}")
+
+
 def check_count(name: str, value: Any, *, minimum: int = 1) -> int:
     """`value` is a Python or NumPy integer of at least `minimum` (booleans and tracers are refused)."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

@@ -29,6 +29,7 @@ from jattn.checks import (
     check_array,
     check_broadcastable,
     check_causal_lengths,
+    check_flags,
     check_floating,
     check_grouped_heads,
     check_integer,
@@ -87,6 +88,7 @@ def dot_product_attention(
       ValueError, TypeError: a wrong shape, dtype or option.
     """
     sizes = check_query_key_value(query, key, value)
+    check_flags(is_causal=is_causal, return_lse=return_lse)
     pairs = (sizes["B"], sizes["N"], sizes["T"], sizes["S"])
     if bias is not None:
         check_broadcastable("bias", bias, pairs, "B N T S")
@@ -244,6 +246,8 @@ def make_score(scale: Any, logits_soft_cap: Any, head_dim: int) -> Score:
                 f"{name}: expected a static number or None, got {type(number).__name__}; to learn a scale, multiply "
                 f"the query by it"
             )
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
         raise ValueError(f"logits_soft_cap: expected a positive number or None for no cap, got {logits_soft_cap}")
     return Score(
@@ -265,6 +269,8 @@ def split_segment_ids(segment_ids: Any, sizes: dict[str, int]) -> tuple[Array | 
     if len(segment_ids) != 2:
         raise ValueError(f"segment_ids: expected [B, T] or a pair (query_ids, key_ids), got {len(segment_ids)} of them")
     q_ids, kv_ids = segment_ids
+    check_array("segment_ids (queries)", q_ids)
+    check_array("segment_ids (keys)", kv_ids)
     known = {letter: sizes[letter] for letter in "BTS"}
     bind_shapes(("segment_ids (queries)", q_ids, "B T"), ("segment_ids (keys)", kv_ids, "B S"), **known)
     check_integer(**{"segment_ids (queries)": q_ids, "segment_ids (keys)": kv_ids})

@@ -24,7 +24,6 @@ Queries are `[..., G, t, H]` (G query heads share one key head), keys `[..., s, 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -137,9 +136,3 @@ def gradients(
         value=_dot("...gts,...gtv->...sv", p.astype(d_out.dtype), d_out),
         logits=dz,
     )
-
-
-def allowed_pairs(*conditions: Bool[Array, ...] | None) -> Bool[Array, ...] | None:
-    """The conjunction of the conditions that are not `None`; `None` when there is none."""
-    present = [condition for condition in conditions if condition is not None]
-    return functools.reduce(jnp.logical_and, present) if present else None

@@ -5,17 +5,21 @@ A recipe (`train/recipes/NAME.py`) is a function `config() -> RunConfig`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import json
+import os
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from jattn.models.lm import LMConfig
-from train.errors import UserError
+from train.data.sources import VOCABULARY
+from train.errors import UserError, user_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +119,11 @@ class RunConfig:
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
-        schedule, data = self.schedule, self.data
+        schedule, data, sample = self.schedule, self.data, self.sample
+        if self.model.vocab_size != VOCABULARY:
+            raise UserError(
+                f"model.vocab_size: a token is a byte, so expected {VOCABULARY}, got {self.model.vocab_size}"
+            )
         if (schedule.steps is None) == (schedule.seconds is None):
             raise UserError(
                 f"schedule: give one of steps and seconds, got {schedule.steps} and {schedule.seconds}; None is neither"
@@ -127,7 +135,9 @@ class RunConfig:
             ("log_every", self.log_every, 1),
             ("eval_every", self.eval_every, 1),
             ("keep_checkpoints", self.keep_checkpoints, 1),
-            ("sample.tokens", self.sample.tokens, 1),
+            ("sample.tokens", sample.tokens, 1),
+            ("sample.top_k", sample.top_k, 1),
+            ("seed", self.seed, 0),
         ):
             if value is not None and value < least:
                 raise UserError(f"{name}: expected at least {least}, got {value}")
@@ -142,6 +152,11 @@ class RunConfig:
         ):
             if not 0 <= fraction <= 1:
                 raise UserError(f"{name}: expected a fraction in [0, 1], got {fraction}")
+        if not 0 <= sample.temperature < float("inf"):
+            raise UserError(f"sample.temperature: expected a number of at least 0, got {sample.temperature}")
+        for name, share in (("sample.top_p", sample.top_p), ("sample.min_p", sample.min_p)):
+            if share is not None and not 0 < share <= 1:
+                raise UserError(f"{name}: expected a fraction in (0, 1], got {share}; None switches it off")
 
 
 def recipes() -> list[str]:
@@ -162,8 +177,6 @@ def load_recipe(name: str) -> RunConfig:
 
 def parse_overrides(config: RunConfig, arguments: list[str]) -> RunConfig:
     """`config` with command-line overrides such as `--model.width 64`; `--help` prints them all and exits."""
-    import tyro
-
     known = set(_flags(config))
     for argument in arguments:
         if not argument.startswith("--") or argument == "--help":
@@ -173,10 +186,23 @@ def parse_overrides(config: RunConfig, arguments: list[str]) -> RunConfig:
             near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists them"
             raise UserError(f"no field is called {flag}; {hint}")
+    return parse_arguments(RunConfig, arguments, "run RECIPE", default=config)
+
+
+def parse_arguments(target: Callable[..., Any], arguments: list[str], verb: str, **options: Any) -> Any:
+    """`target` called with the arguments of `python -m train VERB`; tyro's framed errors become one line."""
+    import tyro
+
+    frame = io.StringIO()
     try:
-        return tyro.cli(RunConfig, default=config, args=arguments, prog="python -m train run RECIPE")
-    except (ValueError, TypeError) as problem:
-        raise UserError(str(problem)) from problem
+        with contextlib.redirect_stderr(frame):
+            return tyro.cli(target, args=arguments, prog=f"python -m train {verb}", **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        lines = [line.strip(" │") for line in frame.getvalue().splitlines() if line.startswith("│")]
+        rule = next((index for index, line in enumerate(lines) if set(line) == {"─"}), len(lines))
+        raise UserError(f"{' '.join(lines[:rule])} (python -m train {verb} --help lists the options)") from None
 
 
 def _flags(value: Any, prefix: str = "--") -> Iterator[str]:
@@ -197,18 +223,22 @@ def _flags(value: Any, prefix: str = "--") -> Iterator[str]:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write `config` as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Write `config` as JSON, whole or not at all."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(draft, path)
 
 
 def read_config(path: Path) -> RunConfig:
     """The configuration that `save_config` wrote; an unknown key is an error that names it."""
     try:
-        return _build(RunConfig, json.loads(path.read_text()), path.name)
-    except FileNotFoundError:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent}: holds no run (no {path.name}); start one with python -m train run") from None
-    except json.JSONDecodeError as problem:
+    except ValueError as problem:
         raise UserError(f"{path}: is not JSON ({problem}); restore the file or start in another workdir") from None
+    with user_errors(str(path)):
+        return _build(RunConfig, values, path.name)
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:

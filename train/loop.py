@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,6 +49,12 @@ def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[s
     """
     workdir.mkdir(parents=True, exist_ok=True)
     _check_same_run(config, workdir)
+    summary_path = workdir / "summary.json"
+    if summary_path.exists() and (workdir / "report.html").exists():
+        print(
+            f"{workdir}: this run is finished; its report is {workdir / 'report.html'}. Another --workdir starts anew."
+        )
+        return json.loads(summary_path.read_text())
     resolved = resolve_precision(config)
     documents = read_documents(config.data.source, config.data.field)
     training, held_out = split_by_document(documents, config.data.holdout)
@@ -107,13 +113,13 @@ def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[s
             "val_bits_per_byte": trainer.last_validation,
             "seconds": clock.seconds,
             "steps": int(state.step),
-            "tokens_per_second": trainer.speed,
+            "tokens_per_second": trainer.speed.overall,
             "params": count_parameters(model),
             "skipped": int(state.skipped),
             "baselines": compressor_baselines(training, held_out),
         }
         _write_json(workdir / "samples.json", samples)
-        _write_json(workdir / "summary.json", summary)
+        _write_json(summary_path, summary)
         path = report.write_report(workdir)
         for sample in samples:
             progress.say(f"\n{sample['prompt']}{sample['text']}\n")
@@ -122,6 +128,46 @@ def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[s
             f"{summary['seconds']:.0f} s; report: {path}"
         )
     return summary
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched: the number of updates with it, its factor, and its metrics on the device."""
+
+    step: int
+    rate: float
+    metrics: dict[str, jax.Array]
+
+
+class _Speed:
+    """Tokens per second between readings; the first step, which waits for compilation, and validations are left out."""
+
+    def __init__(self, tokens_per_step: int):
+        self.latest: float | None = None
+        self._tokens_per_step = tokens_per_step
+        self._since: tuple[int, float] | None = None
+        self._steps, self._seconds = 0, 0.0
+
+    def begin(self, step: int) -> None:
+        """Start to measure after `step`, unless it has begun."""
+        self._since = self._since or (step, time.monotonic())
+
+    def pause(self) -> None:
+        """Forget what has been measured since the last reading."""
+        self._since = None
+
+    def read(self, step: int) -> None:
+        """Take the steps since the last reading, if there are any."""
+        if self._since is None or step <= self._since[0]:
+            return
+        steps, seconds = step - self._since[0], time.monotonic() - self._since[1]
+        self.latest = steps * self._tokens_per_step / seconds
+        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
+        self._since = None
+
+    @property
+    def overall(self) -> float | None:
+        """Over all readings."""
+        return self._steps * self._tokens_per_step / self._seconds if self._seconds else None
 
 
 class _Trainer:
@@ -141,7 +187,7 @@ class _Trainer:
         self.config, self.program, self.data, self.held_out = config, program, data, held_out
         self.clock, self.log, self.progress, self.checkpoints = clock, log, progress, checkpoints
         self.last_validation = math.nan
-        self.speed = math.nan
+        self.speed = _Speed(data.tokens_per_step)
         self._validated_at = -1
         peak = peak_flops(jax.devices()[0])
         shape = (config.data.batch, config.data.context)
@@ -152,66 +198,65 @@ class _Trainer:
     def train(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]], stop: _Stop) -> TrainState:
         """Steps until the clock says that the run is over or a signal asks to stop; validated and saved at the end."""
         step = int(state.step)
-        pending: tuple[int, float, Any] | None = None
-        saved_at, seen_at, seen_step = time.monotonic(), time.monotonic(), step
+        pending: _Pending | None = None
+        saved_at = time.monotonic()
         while not stop.requested and (fraction := self.clock.fraction(step)) < 1.0:
             rate = factor(self.config.schedule, fraction)
             state, metrics = self.program.step(state, place(next(batches), self.program), np.float32(rate))
             step += 1
             if pending is not None:
-                # The step before this one: reading it does not make the device wait.
-                values = {name: float(value) for name, value in pending[2].items()}
-                if pending[0] == seen_step + 1 and seen_step == 0:
-                    # The first step of a fresh run holds the compilation.
-                    seen_at, seen_step = time.monotonic(), pending[0]
-                elif pending[0] - seen_step >= self.config.log_every:
-                    now = time.monotonic()
-                    self.speed = (pending[0] - seen_step) * self.data.tokens_per_step / (now - seen_at)
-                    seen_at, seen_step = now, pending[0]
-                    self._record(pending[0], pending[1], values)
-                self._show(pending[0], values)
-            pending = (step, rate, metrics)
+                self._report(pending)
+            pending = _Pending(step, rate, metrics)
             every = self.config.eval_every
             if every is not None and step % every == 0:
                 self._validate(step, state)
-                seen_at, seen_step = time.monotonic(), step
             if time.monotonic() - saved_at > self.config.save_every_seconds:
                 self._save(step, state)
                 saved_at = time.monotonic()
+        if pending is not None:
+            self._report(pending, last=True)
         if not stop.requested:
             self._validate(step, state)
         self._save(step, state, wait=True)
         return state
 
-    def _record(self, step: int, rate: float, values: dict[str, float]) -> None:
-        self.log.write(
-            step=step,
-            seconds=self.clock.seconds,
-            loss=values["loss"],
-            bits_per_byte=values["loss"] / math.log(2),
-            tokens_per_second=self.speed,
-            mfu=self._mfu(),
-            learning_rate=rate * self.config.optimizer.learning_rate,
-            grad_norm=values["grad_norm"],
-            skipped=int(values["skipped"]),
-        )
+    def _report(self, done: _Pending, *, last: bool = False) -> None:
+        """Show a step that is over, and log it if it is its turn. Its successor is already under way."""
+        values = {name: float(value) for name, value in done.metrics.items()}
+        bits = values["loss"] / math.log(2)
+        if last or done.step % self.config.log_every == 0:
+            self.speed.read(done.step)
+            self.log.write(
+                step=done.step,
+                seconds=self.clock.seconds,
+                loss=values["loss"],
+                bits_per_byte=bits,
+                tokens_per_second=self.speed.latest,
+                mfu=self._mfu(),
+                learning_rate=done.rate * self.config.optimizer.learning_rate,
+                grad_norm=values["grad_norm"],
+                skipped=int(values["skipped"]),
+            )
+        self.speed.begin(done.step)
+        shown = {
+            "loss": values["loss"],
+            "bits_per_byte": bits,
+            "tokens_per_second": self.speed.latest,
+            "mfu": self._mfu(),
+        }
+        self.progress.update(step=done.step, seconds=self.clock.seconds, metrics=shown)
 
     def _mfu(self) -> float | None:
-        return None if self._peak is None else self.speed * self._flops_per_token / self._peak
-
-    def _show(self, step: int, values: dict[str, float]) -> None:
-        shown = {"loss": values["loss"], "bits_per_byte": values["loss"] / math.log(2)}
-        if math.isfinite(self.speed):
-            shown |= {"tokens_per_second": self.speed}
-            mfu = self._mfu()
-            shown |= {} if mfu is None else {"mfu": mfu}
-        self.progress.update(step=step, seconds=self.clock.seconds, metrics=shown)
+        if self._peak is None or self.speed.latest is None:
+            return None
+        return self.speed.latest * self._flops_per_token / self._peak
 
     def _validate(self, step: int, state: TrainState) -> None:
         if step == self._validated_at:
             return
         self.last_validation = bits_per_byte(self.program, state.parameters, self.held_out, self.config.data)
         self._validated_at = step
+        self.speed.pause()
         self.log.write(step=step, seconds=self.clock.seconds, val_bits_per_byte=self.last_validation)
         self.progress.say(f"step {step}: {self.last_validation:.3f} bits per byte on held-out text")
 

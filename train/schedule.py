@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from train.config import ScheduleConfig
+from train.errors import UserError
 
 
 def factor(schedule: ScheduleConfig, fraction: float) -> float:
@@ -97,5 +98,8 @@ def _read(journal: Path) -> dict[int, float]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         journal.write_text(whole)
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {row["step"]: row["seconds"] for row in rows}
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        return {row["step"]: row["seconds"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{journal}: is damaged ({error}); remove it, and the run follows the clock anew") from None

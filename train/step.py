@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jattn.models.lm import LM
 from train import sharding
 from train.config import RunConfig
+from train.errors import user_errors
 from train.optimizer import make_optimizer
 
 Batch = dict[str, jax.Array]
@@ -77,7 +78,9 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     def build(seed: jax.Array | int) -> LM:
         return LM(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
 
-    parts: Any = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param, ...)
+    # Every layer is built here first, without arrays: options that do not fit one another show.
+    with user_errors("model"):
+        parts: Any = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param, ...)
     graph, parameters, constants = parts
     # What is not trained (the decays of lightning attention) follows from the configuration and is made once.
     if jax.tree.leaves(constants):

@@ -45,6 +45,8 @@ def lightning_attention(
 
     The other arguments, the result and the errors are those of `linear_attention`.
     """
+    # There is no other order to point to, as `linear_attention` would.
+    checks.bind_shapes(("query", query, "B T N H"), ("key", key, "B T K H"))
     return linear_attention(
         query,
         key,

@@ -14,6 +14,7 @@ b_j|), b = cumsum g.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -85,11 +86,13 @@ def linear_attention(
     Raises:
       TypeError: a wrong dtype or type. ValueError: a wrong shape, option or combination of them.
     """
+    _check_arrays(query=query, key=key, value=value)
     sizes = checks.bind_shapes(("query", query, "B T N H"), ("key", key, "B S K H"), ("value", value, "B S K V"))
     checks.check_floating(query=query)
     checks.check_same_dtype(query=query, key=key, value=value)
     checks.check_grouped_heads(sizes["N"], sizes["K"])
-    checks.check_no_empty(sizes, "BTSHV")
+    checks.check_no_empty(sizes, "BTSNHV")
+    checks.check_flags(is_causal=is_causal, reverse=reverse, return_state=return_state)
     _check_options(normalize, eps, eps_mode)
     _check_log_decay(log_decay, sizes, ("K", "B S K", "B S K H"))
     _check_padding_mask(mask, sizes)
@@ -135,6 +138,7 @@ def linear_attention_step(
     Raises:
       TypeError, ValueError: as `linear_attention`.
     """
+    _check_arrays(query=query, key=key, value=value)
     sizes = checks.bind_shapes(("query", query, "B N H"), ("key", key, "B K H"), ("value", value, "B K V"))
     checks.check_floating(query=query)
     checks.check_same_dtype(query=query, key=key, value=value)
@@ -314,11 +318,18 @@ def _scale(scale: float | None) -> float:
 def _number(name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a Python number, got {type(x).__name__}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name}: expected a finite number, got {x}")
     return float(x)
 
 
+def _check_arrays(**arrays: Any) -> None:
+    for name, x in arrays.items():
+        checks.check_array(name, x)
+
+
 def _check_options(normalize: bool, eps: float, eps_mode: str) -> None:
-    checks.check_choice("normalize", normalize, (True, False))
+    checks.check_flags(normalize=normalize)
     checks.check_choice("eps_mode", eps_mode, ("denominator", "z"))
     if _number("eps", eps) < 0:
         raise ValueError(f"eps: expected at least 0, got {eps}")
@@ -379,6 +390,7 @@ def _check_state(state: Any, query: Array, sizes: dict[str, int], normalize: boo
         return
     if not isinstance(state, LinearState):
         raise TypeError(f"{name}: expected a LinearState(S, z), got {type(state).__name__}")
+    checks.check_array(f"{name}.S", state.S)
     checks.bind_shapes((f"{name}.S", state.S, "B K H V"), (f"{name}.z", state.z, "B K H"), **sizes)
     if normalize != (state.z is not None):
         raise ValueError(
@@ -394,8 +406,6 @@ def _check_state(state: Any, query: Array, sizes: dict[str, int], normalize: boo
 def _check_order(
     sizes: dict[str, int], is_causal: bool, reverse: bool, has_decay: bool, has_segments: bool, has_state: bool
 ) -> None:
-    checks.check_choice("is_causal", is_causal, (True, False))
-    checks.check_choice("reverse", reverse, (True, False))
     lengths = f"{sizes['T']} queries and {sizes['S']} keys"
     if is_causal:
         if sizes["T"] != sizes["S"]:

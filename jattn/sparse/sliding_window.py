@@ -23,13 +23,14 @@ from jaxtyping import Array, Bool, Float
 
 from jattn.blockwise import (
     Operands,
+    Stacks,
     blockwise_attention,
     from_blocks,
     grouped,
     grouped_sinks,
     to_blocks,
 )
-from jattn.checks import check_count
+from jattn.checks import check_count, check_flags
 from jattn.dispatch import Choice, Implementation, dispatch
 from jattn.dot_product import (
     SegmentIds,
@@ -84,6 +85,7 @@ def sliding_window_attention(
       ValueError, TypeError: a wrong shape, dtype or option; a window of 0; T != S without `offset`.
     """
     sizes = check_query_key_value(query, key, value)
+    check_flags(return_lse=return_lse)
     left, right = _check_window(window)
     if offset is None and sizes["T"] != sizes["S"]:
         raise ValueError(
@@ -227,27 +229,18 @@ def _backward(
 _attention.defvjp(_forward, _backward)
 
 
-class _Stacks(NamedTuple):
-    """Blocks of queries `[rows, B, K, G, b, H]` and, shifted, of keys `[columns, B, K, b, H]`; ids `[., B, b, 1]`."""
-
-    query: Array
-    key: Array
-    value: Array
-    q_segments: Array | None
-    kv_segments: Array | None
-
-
-def _stack(plan: _Plan, x: Operands) -> _Stacks:
+def _stack(plan: _Plan, x: Operands) -> Stacks:
+    """Blocks of queries, `rows` of them, and shifted blocks of keys, `columns`."""
     if x.q_segments is None or x.kv_segments is None:
         q_segments = kv_segments = None
     else:
         q_segments = to_blocks(x.q_segments[..., None], plan.block, plan.rows)
         kv_segments = _shifted(plan, x.kv_segments[..., None])
     query = to_blocks(grouped(x, x.query), plan.block, plan.rows)
-    return _Stacks(query, _shifted(plan, x.key), _shifted(plan, x.value), q_segments, kv_segments)
+    return Stacks(query, _shifted(plan, x.key), _shifted(plan, x.value), q_segments, kv_segments)
 
 
-def _cut(plan: _Plan, x: Operands, stacks: _Stacks, index: Array) -> tuple[Array, Array, Array, Bool[Array, ...]]:
+def _cut(plan: _Plan, x: Operands, stacks: Stacks, index: Array) -> tuple[Array, Array, Array, Bool[Array, ...]]:
     """A group's queries `[p, B, K, G, b, H]`, their spans of keys and values `[p, B, K, span b, .]`, who sees whom."""
     first = index * plan.per_group
     query = jax.lax.dynamic_slice_in_dim(stacks.query, first, plan.per_group)

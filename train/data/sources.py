@@ -67,7 +67,9 @@ def read_documents(spec: str | Sequence[str], field: str = "text") -> tuple[Docu
     """
     specs = (spec,) if isinstance(spec, str) else tuple(spec)
     if not specs:
-        raise UserError(f"no data is named; give a file, a folder, a glob, or {EMBEDDED!r} for the embedded text")
+        raise UserError(
+            f"no data is named; give files, folders, globs, or {EMBEDDED!r}, the embedded text (--data.source)"
+        )
     if EMBEDDED in specs:
         if len(specs) > 1:
             raise UserError(

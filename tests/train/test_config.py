@@ -1,0 +1,98 @@
+"""Recipes, overrides and config.json: what is typed is what is run, and what is mistyped is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from train import config as configs
+from train.__main__ import main
+from train.config import load_recipe, parse_overrides, read_config, recipes, save_config
+from train.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_load_and_survive_json(name, tmp_path):
+    config = load_recipe(name)
+    save_config(config, tmp_path / "config.json")
+    assert read_config(tmp_path / "config.json") == config
+
+
+def _words(*lines):
+    return [word for line in lines for word in line.split()]
+
+
+def test_overrides_are_typed_and_nested():
+    config = parse_overrides(
+        load_recipe("pydoc_lm"),
+        _words(
+            "--model.width 64 --model.pattern lightning sliding_window --schedule.seconds None --schedule.steps 5",
+            "--model.mixer-options.sliding-window.window 32 --data.source a b",
+            "--optimizer.learning_rate 0.5 --precision float32",
+        ),
+    )
+    assert config.model.width == 64
+    assert config.model.mixer_options == {"sliding_window": {"window": 32}}
+    assert (config.schedule.steps, config.schedule.seconds) == (5, None)
+    assert config.data.source == ("a", "b")
+    assert config.optimizer.learning_rate == 0.5
+    untouched = dataclasses.replace(config, data=load_recipe("pydoc_lm").data)
+    assert untouched.data == load_recipe("pydoc_lm").data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model.witdh 64", "no field is called --model.witdh; did you mean --model.width?"),
+        ("--schedule.steps 5", "schedule: give one of steps and seconds, got 5 and 155.0"),
+        ("--schedule.warmup 1.5", "schedule.warmup: expected a fraction in [0, 1], got 1.5"),
+        ("--data.context 0", "data.context: expected at least 1, got 0"),
+        ("--model.num-layers 5", "num_layers: 5 is no multiple of the pattern's length 2; 6 would be"),
+        ("--model.pattern lightnin", "'lightnin'; did you mean 'lightning'?"),
+        ("--optimizer.clip-norm 0", "optimizer.clip_norm: expected a positive number, got 0.0"),
+    ],
+)
+def test_overrides_that_cannot_be(arguments, message):
+    with pytest.raises(UserError) as caught:
+        parse_overrides(load_recipe("pydoc_lm"), arguments.split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_of_the_wrong_type_is_one_line():
+    with pytest.raises(UserError, match=r"--model\.width.*--help lists the options") as caught:
+        parse_overrides(load_recipe("pydoc_lm"), ["--model.width", "wide"])
+    assert "\n" not in str(caught.value)
+
+
+def test_help_lists_the_fields(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "pydoc_lm", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--schedule.seconds" in shown
+    assert "Muon orthogonalises" in shown
+
+
+def test_config_files_of_another_version_or_none(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match="holds no run"):
+        read_config(path)
+    save_config(load_recipe("pydoc_lm"), path)
+    content = json.loads(path.read_text())
+    content["model"]["depth"] = 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="LMConfig has no field 'depth'"):
+        read_config(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_config(path)
+
+
+def test_every_field_has_a_flag():
+    """The list that finds mistyped overrides is complete: each flag of it is taken by the parser."""
+    flags = set(configs._flags(load_recipe("pydoc_lm")))
+    assert {"--model.mixer-options.sliding-window.window", "--data.source", "--seed", "--model.tied"} <= flags
+    assert len(flags) > 45
