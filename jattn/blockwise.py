@@ -170,7 +170,7 @@ def _loop(step: Callable[..., Any], carry: Any, row: np.ndarray, col: np.ndarray
 
 
 class Stacks(NamedTuple):
-    """Operands cut into blocks: queries `[nq, B, K, G, bq, H]`, keys and values `[nk, B, K, bk, .]`, ids `[., B, b, 1]`."""
+    """Operands in blocks: queries `[nq, B, K, G, bq, H]`, keys and values `[nk, B, K, bk, .]`, ids `[., B, b, 1]`."""
 
     query: Array
     key: Array
@@ -192,7 +192,7 @@ def _stack(plan: Plan, x: Operands) -> Stacks:
 def _cut(
     plan: Plan, x: Operands, stacks: Stacks, row: Any, col: Any, partial: bool
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
-    """Query, key, value, bias of a tile and who may attend to whom there; the last two broadcast to [B, K, G, bq, bk]."""
+    """Query, key, value, bias of a tile and who sees whom there; the last two broadcast to [B, K, G, bq, bk]."""
     q_len, kv_len = x.query.shape[1], x.key.shape[1]
     conditions: list[Array] = []
     if partial:

@@ -20,9 +20,9 @@ from jattn.sharding import shard_attention
 from jattn.sparse.sliding_window import sliding_window_attention
 
 B, T, N, K, H, V = 2, 24, 8, 4, 5, 7
-# Four pieces of six tokens (two of twelve). Borders of segments lie inside pieces, at 6 and 12, and one segment of the
-# second row covers whole pieces; neither row numbers its segments from 0 or without gaps.
-SEGMENTS = np.stack([np.repeat([-3, 1, 2, 5], [4, 2, 6, 12]), np.repeat([0, 7, 9], [5, 16, 3])]).astype(np.int32)
+# Four pieces of six tokens (two of twelve). In the first row segments end inside a piece and at 6 and 12; in the second
+# one goes on into a piece that another begins in, which covers the whole next piece. No row numbers them without gaps.
+SEGMENTS = np.stack([np.repeat([-3, 1, 2, 5], [4, 2, 6, 12]), np.repeat([0, 7, 9], [9, 12, 3])]).astype(np.int32)
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
 from train.errors import UserError
 
@@ -37,10 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
 def _run(arguments: list[str]) -> None:
+    started = time.monotonic()  # before the imports, which are a part of a person's three minutes
     from train import config, loop
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -52,7 +57,7 @@ def _run(arguments: list[str]) -> None:
         return
     recipe, arguments = arguments[0], arguments[1:]
     workdir, arguments = _take_workdir(arguments, Path("runs") / recipe)
-    loop.run(config.parse_overrides(config.load_recipe(recipe), arguments), workdir)
+    loop.run(config.parse_overrides(config.load_recipe(recipe), arguments), workdir, started=started)
 
 
 def _take_workdir(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
@@ -66,50 +71,56 @@ def _take_workdir(arguments: list[str], default: Path) -> tuple[Path, list[str]]
     return default, arguments
 
 
+def _take_run(arguments: list[str], verb: str) -> tuple[Path, list[str]]:
+    """The folder of a run, which comes first, and the options after it."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"{verb}: expected the folder of a run first, as in python -m train {verb} runs/pydoc_lm")
+    return Path(arguments[0]), arguments[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SampleOptions:
+    """Write text with the model of a run, as it comes."""
+
+    prompt: str = "The "
+    """What the text continues."""
+    tokens: int = 400
+    """How many bytes to write."""
+    temperature: float = 0.8
+    """0 takes the likeliest byte every time."""
+    top_p: float | None = 0.95
+    """Keep the likeliest bytes that together reach this probability."""
+    top_k: int | None = None
+    """Keep the k likeliest bytes."""
+    min_p: float | None = None
+    """Keep bytes at least this fraction as likely as the likeliest."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+
 def _sample(arguments: list[str]) -> None:
-    import dataclasses
-
-    import tyro
-
     from train import loop
-    from train.config import SampleConfig
+    from train.config import SampleConfig, parse_arguments
 
-    def sample(
-        workdir: Annotated[Path, tyro.conf.Positional],
-        prompt: str = "The ",
-        tokens: int = 400,
-        temperature: float = 0.8,
-        top_p: float | None = 0.95,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        """Write text with the model of a run, as it comes.
-
-        Args:
-            workdir: the folder of the run.
-            prompt: what the text continues.
-            tokens: how many bytes to write.
-            temperature: 0 takes the likeliest byte every time.
-            top_p: keep the likeliest bytes that together reach this probability.
-            top_k: keep the k likeliest bytes.
-            min_p: keep bytes at least this fraction as likely as the likeliest.
-            seed: the same seed gives the same text.
-        """
-        config, program, state = loop.load(workdir)
-        options = SampleConfig((prompt,), tokens, temperature, top_p, top_k, min_p)
-        stream = _Utf8Printer()
-        stream.write(prompt.encode())
-        loop.write_text(
-            program.model(state.parameters),
-            dataclasses.replace(config, sample=options),
-            prompt,
-            seed=seed,
-            on_token=lambda token: stream.write(bytes([int(token[0])])),
-        )
-        print()
-
-    _cli(sample, "sample", arguments)
+    if {"-h", "--help"} & {*arguments}:
+        arguments = ["WORKDIR", "--help"]
+    workdir, arguments = _take_run(arguments, "sample")
+    options = parse_arguments(_SampleOptions, arguments, "sample WORKDIR")
+    config, program, state = loop.load(workdir)
+    sample = SampleConfig(
+        (options.prompt,), options.tokens, options.temperature, options.top_p, options.top_k, options.min_p
+    )
+    config = dataclasses.replace(config, sample=sample)
+    stream = _Utf8Printer()
+    stream.write(options.prompt.encode())
+    loop.write_text(
+        program.model(state.parameters),
+        config,
+        options.prompt,
+        seed=options.seed,
+        on_token=lambda token: stream.write(bytes([int(token[0])])),
+    )
+    print()
 
 
 class _Utf8Printer:
@@ -124,47 +135,45 @@ class _Utf8Printer:
         print(self._decoder.decode(data), end="", flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _EvalOptions:
+    """Bits per byte of a trained model."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs to score whole; without any, the run's own held-out documents."""
+    field: str = "text"
+    """Which field of a JSONL line holds the text."""
+
+
 def _eval(arguments: list[str]) -> None:
     import json
 
-    import tyro
-
     from train import evaluate, loop
+    from train.config import parse_arguments
     from train.data.sources import read_documents, split_by_document
 
-    def evaluate_run(
-        workdir: Annotated[Path, tyro.conf.Positional],
-        data: tuple[str, ...] = (),
-        field: str = "text",
-    ) -> None:
-        """Bits per byte of a trained model.
-
-        Args:
-            workdir: the folder of the run.
-            data: files, folders or globs to score whole; without any, the run's own held-out documents.
-            field: which field of a JSONL line holds the text.
-        """
-        config, program, state = loop.load(workdir)
-        if data:
-            documents = read_documents(data, field)
-        else:
-            documents = split_by_document(read_documents(config.data.source, config.data.field), config.data.holdout)[1]
-        bits = evaluate.bits_per_byte(program, state.parameters, documents, config.data)
-        print(json.dumps({"bits_per_byte": bits, "documents": len(documents), "step": int(state.step)}))
-
-    _cli(evaluate_run, "eval", arguments)
+    if {"-h", "--help"} & {*arguments}:
+        arguments = ["WORKDIR", "--help"]
+    workdir, arguments = _take_run(arguments, "eval")
+    options = parse_arguments(_EvalOptions, arguments, "eval WORKDIR")
+    config, program, state = loop.load(workdir)
+    if options.data:
+        documents = read_documents(options.data, options.field)
+    else:
+        documents = split_by_document(read_documents(config.data.source, config.data.field), config.data.holdout)[1]
+    bits = evaluate.bits_per_byte(program, state.parameters, documents, config.data)
+    print(json.dumps({"bits_per_byte": bits, "documents": len(documents), "step": int(state.step)}))
 
 
 def _doctor(arguments: list[str]) -> None:
     from train import doctor
 
-    _cli(doctor.doctor, "doctor", arguments)
-
-
-def _cli(function: Callable[..., Any], verb: str, arguments: list[str]) -> None:
-    import tyro
-
-    tyro.cli(function, args=arguments, prog=f"python -m train {verb}")
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise UserError(f"doctor: takes no options, got {' '.join(arguments)}")
+    if arguments:
+        print(f"usage: python -m train doctor\n\n{doctor.doctor.__doc__}")
+    else:
+        doctor.doctor()
 
 
 if __name__ == "__main__":

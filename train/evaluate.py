@@ -15,6 +15,9 @@ from train.data.packing import eval_batches
 from train.data.sources import Document
 from train.step import Program
 
+COMPRESSED_AT_MOST = 16 * 2**20
+"""Bytes of text: `xz -9e` reads about 2 MB a second, and a run should not wait minutes for a yardstick."""
+
 
 def bits_per_byte(program: Program, parameters: Any, documents: Sequence[Document], data: DataConfig) -> float:
     """Mean cross-entropy of `documents` in bits per token, a token being a byte; a context starts without a past."""
@@ -39,9 +42,11 @@ def compressor_baselines(training: Sequence[Document], held_out: Sequence[Docume
     """Bits per byte of general compressors on the held-out text, alone and after they have seen the training text.
 
     The second figure is the growth of the archive when the held-out text is put behind the training text, so it is
-    what the compressor needs once it knows what the model knows.
+    what the compressor needs once it knows what the model knows. More than `COMPRESSED_AT_MOST` is not compressed.
     """
     known, text = b"\n".join(training), b"\n".join(held_out)
+    if len(known) + len(text) > COMPRESSED_AT_MOST:
+        return {}
     preset = 9 | lzma.PRESET_EXTREME
     alone = len(lzma.compress(text, preset=preset))
     growth = len(lzma.compress(known + b"\n" + text, preset=preset)) - len(lzma.compress(known, preset=preset))

@@ -25,12 +25,12 @@ import numpy as np
 
 from jattn.models.generate import generate
 from jattn.models.lm import count_parameters
-from train import report
+from train import metrics, report
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, read_config, save_config
 from train.data.pipeline import TrainData
 from train.data.sources import read_documents, split_by_document
-from train.errors import UserError
+from train.errors import UserError, user_errors
 from train.evaluate import bits_per_byte, compressor_baselines, place
 from train.flops import peak_flops
 from train.metrics import MetricsLog
@@ -39,15 +39,20 @@ from train.schedule import Clock, factor
 from train.sharding import make_mesh
 from train.step import Program, TrainState, make_program, resolve_precision
 
-STARTED = time.monotonic()
 
-
-def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[str, Any]:
+def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> dict[str, Any]:
     """Train `config` in `workdir`, from its newest valid checkpoint if it has one, and return the summary.
 
     Leaves config.json, environment.json, metrics.jsonl, checkpoints/, samples.json, summary.json and report.html there.
+
+    Args:
+      config: as from a recipe.
+      workdir: made if need be.
+      started: on the clock of `time.monotonic`, where a run by seconds begins to count; now by default.
+
+    Raises:
+      UserError: options that do not fit one another, data that cannot be read, or a folder that holds another run.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
     _check_same_run(config, workdir)
     summary_path = workdir / "summary.json"
     if summary_path.exists() and (workdir / "report.html").exists():
@@ -58,6 +63,10 @@ def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[s
     resolved = resolve_precision(config)
     documents = read_documents(config.data.source, config.data.field)
     training, held_out = split_by_document(documents, config.data.holdout)
+    if max(map(len, held_out)) < 2:
+        raise UserError(
+            "data.holdout: no held-out document has a byte to score; give longer documents or hold out more"
+        )
     data = TrainData(
         training,
         config.data.context,
@@ -68,6 +77,10 @@ def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[s
     )
     mesh = make_mesh(config.mesh)
     program = make_program(resolved, mesh)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be made ({error.strerror}); choose another --workdir") from error
     save_config(config, workdir / "config.json")
     (workdir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
@@ -78,7 +91,8 @@ def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[s
             Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, say=progress.say)
         )
         clock = stack.enter_context(Clock(schedule, workdir / "clock.jsonl", started=started))
-        log = stack.enter_context(MetricsLog(workdir / "metrics.jsonl"))
+        with user_errors("metrics"):
+            log = stack.enter_context(MetricsLog(workdir / "metrics.jsonl"))
         batches = stack.enter_context(data.iterator())
         stop = stack.enter_context(_stop_signals())
 
@@ -110,7 +124,7 @@ def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[s
             for prompt in config.sample.prompts
         ]
         summary = {
-            "val_bits_per_byte": trainer.last_validation,
+            "val_bits_per_byte": _or_none(trainer.last_validation),
             "seconds": clock.seconds,
             "steps": int(state.step),
             "tokens_per_second": trainer.speed.overall,
@@ -124,7 +138,7 @@ def run(config: RunConfig, workdir: Path, *, started: float = STARTED) -> dict[s
         for sample in samples:
             progress.say(f"\n{sample['prompt']}{sample['text']}\n")
         progress.say(
-            f"{summary['val_bits_per_byte']:.3f} bits per byte on held-out text after {summary['steps']} steps in "
+            f"{trainer.last_validation:.3f} bits per byte on held-out text after {summary['steps']} steps in "
             f"{summary['seconds']:.0f} s; report: {path}"
         )
     return summary
@@ -189,6 +203,7 @@ class _Trainer:
         self.last_validation = math.nan
         self.speed = _Speed(data.tokens_per_step)
         self._validated_at = -1
+        self._unlogged: tuple[_Pending, dict[str, float]] | None = None
         peak = peak_flops(jax.devices()[0])
         shape = (config.data.batch, config.data.context)
         forward = program.model(program.state_shape.parameters).flops(*shape)
@@ -198,53 +213,68 @@ class _Trainer:
     def train(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]], stop: _Stop) -> TrainState:
         """Steps until the clock says that the run is over or a signal asks to stop; validated and saved at the end."""
         step = int(state.step)
+        for row in metrics.read(self.log.path):
+            if row["step"] == step and row.get("val_bits_per_byte") is not None:
+                self.last_validation, self._validated_at = row["val_bits_per_byte"], step
         pending: _Pending | None = None
         saved_at = time.monotonic()
         while not stop.requested and (fraction := self.clock.fraction(step)) < 1.0:
             rate = factor(self.config.schedule, fraction)
-            state, metrics = self.program.step(state, place(next(batches), self.program), np.float32(rate))
+            state, values = self.program.step(state, place(next(batches), self.program), np.float32(rate))
             step += 1
             if pending is not None:
                 self._report(pending)
-            pending = _Pending(step, rate, metrics)
+            pending = _Pending(step, rate, values)
             every = self.config.eval_every
-            if every is not None and step % every == 0:
+            validating = every is not None and step % every == 0
+            saving = time.monotonic() - saved_at > self.config.save_every_seconds
+            if validating or saving:
+                # Both wait for the device anyhow, and no row may be missing of a step that a checkpoint holds.
+                self._report(pending)
+                pending = None
+            if validating:
                 self._validate(step, state)
-            if time.monotonic() - saved_at > self.config.save_every_seconds:
+            if saving:
                 self._save(step, state)
                 saved_at = time.monotonic()
         if pending is not None:
-            self._report(pending, last=True)
+            self._report(pending)
         if not stop.requested:
+            if self._unlogged is not None:
+                self._log(*self._unlogged)
             self._validate(step, state)
         self._save(step, state, wait=True)
         return state
 
-    def _report(self, done: _Pending, *, last: bool = False) -> None:
+    def _report(self, done: _Pending) -> None:
         """Show a step that is over, and log it if it is its turn. Its successor is already under way."""
         values = {name: float(value) for name, value in done.metrics.items()}
-        bits = values["loss"] / math.log(2)
-        if last or done.step % self.config.log_every == 0:
-            self.speed.read(done.step)
-            self.log.write(
-                step=done.step,
-                seconds=self.clock.seconds,
-                loss=values["loss"],
-                bits_per_byte=bits,
-                tokens_per_second=self.speed.latest,
-                mfu=self._mfu(),
-                learning_rate=done.rate * self.config.optimizer.learning_rate,
-                grad_norm=values["grad_norm"],
-                skipped=int(values["skipped"]),
-            )
+        self._unlogged = (done, values)
+        if done.step % self.config.log_every == 0:
+            self._log(done, values)
         self.speed.begin(done.step)
         shown = {
             "loss": values["loss"],
-            "bits_per_byte": bits,
+            "bits_per_byte": values["loss"] / math.log(2),
             "tokens_per_second": self.speed.latest,
             "mfu": self._mfu(),
         }
         self.progress.update(step=done.step, seconds=self.clock.seconds, metrics=shown)
+
+    def _log(self, done: _Pending, values: dict[str, float]) -> None:
+        self._unlogged = None
+        self.speed.read(done.step)
+        self.log.write(
+            step=done.step,
+            seconds=self.clock.seconds,
+            loss=values["loss"],
+            bits_per_byte=values["loss"] / math.log(2),
+            tokens_per_second=self.speed.latest,
+            mfu=self._mfu(),
+            learning_rate=done.rate * self.config.optimizer.learning_rate,
+            grad_norm=values["grad_norm"],
+            skipped=int(values["skipped"]),
+        )
 
     def _mfu(self) -> float | None:
         if self._peak is None or self.speed.latest is None:
@@ -254,6 +284,7 @@ class _Trainer:
     def _validate(self, step: int, state: TrainState) -> None:
         if step == self._validated_at:
             return
+        self.speed.read(step)
         self.last_validation = bits_per_byte(self.program, state.parameters, self.held_out, self.config.data)
         self._validated_at = step
         self.speed.pause()
@@ -337,6 +368,11 @@ def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str,
             yield from _differences(before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name)
     elif before != now:
         yield prefix, before, now
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _write_json(path: Path, content: Any) -> None:

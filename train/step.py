@@ -102,7 +102,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
             return total / jnp.maximum(count, 1.0)
 
         loss, gradients = jax.value_and_grad(loss_fn)(state.parameters)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
         updates = jax.tree.map(lambda update: (factor * update).astype(update.dtype), updates)
         proposed = (optax.apply_updates(state.parameters, updates), moments)
