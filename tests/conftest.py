@@ -1,4 +1,4 @@
-"""Settings of every test: eight host devices, so that anything sharded runs in the process itself, and quick compilation.
+"""Settings of every test: eight host devices, so that what is sharded runs in one process, and quick compilation.
 
 Small shapes make LLVM's optimiser most of a test's time. XLA's own passes, which decide what is computed, all run.
 """
