@@ -76,6 +76,8 @@ def _candidates(op: str, table: dict[str, Implementation], choice: Choice) -> li
     """The names to try, in order, with "pallas" written out."""
     if choice is None:
         return list(table)
+    if not isinstance(choice, (str, Sequence)):
+        raise TypeError(f"implementation: expected None, a name or a sequence of names, got {type(choice).__name__}")
     names = [choice] if isinstance(choice, str) else list(choice)
     if not names:
         raise ValueError(f"implementation: {op} was given an empty sequence; pass None or at least one of {NAMES}")

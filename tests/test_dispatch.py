@@ -70,6 +70,12 @@ def test_unknown_names(choice, message):
         op(jnp.ones(()), implementation=choice)
 
 
+@pytest.mark.parametrize("choice", [3, True, {"xla"}])
+def test_a_choice_of_the_wrong_type(choice):
+    with pytest.raises(TypeError, match="implementation: expected None, a name or a sequence of names, got"):
+        op(jnp.ones(()), implementation=choice)
+
+
 def test_other_errors_surface():
     def broken(*args, **options):
         raise RuntimeError("a bug")
