@@ -200,9 +200,19 @@ def parse_arguments(target: Callable[..., Any], arguments: list[str], verb: str,
     except SystemExit as end:
         if not end.code:
             raise
-        lines = [line.strip(" │") for line in frame.getvalue().splitlines() if line.startswith("│")]
-        rule = next((index for index, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-        raise UserError(f"{' '.join(lines[:rule])} (python -m train {verb} --help lists the options)") from None
+        raise UserError(f"{_unframed(frame.getvalue())} (python -m train {verb} --help lists the options)") from None
+
+
+def _unframed(page: str) -> str:
+    """What tyro says between its title and the next rule, drawn in lines or, where the encoding has none, in dashes."""
+    said: list[str] = []
+    for line in page.splitlines()[1:]:
+        text = line.strip(" │")
+        if text.strip("─-╰╯"):
+            said.append(text)
+        elif said:
+            break
+    return " ".join(said)
 
 
 def _flags(value: Any, prefix: str = "--") -> Iterator[str]:
