@@ -19,7 +19,7 @@ from train.schedule import factor
 from train.sharding import make_mesh
 from train.step import make_program, resolve_precision
 
-STEPS = 400
+STEPS = 250
 SEEDS = (0,)
 
 
