@@ -111,7 +111,8 @@ def test_what_cannot_be_honoured_is_refused(op, options, keywords, error, messag
 
 def test_dropout_is_refused_only_where_it_would_act():
     q = jnp.ones((2, 5, 3, 4))
-    as_attention_fn(jattn.dot_product_attention)(q, q, q, dropout_rate=0.1, deterministic=True)
+    out = as_attention_fn(jattn.dot_product_attention)(q, q, q, dropout_rate=0.1, deterministic=True)
+    np.testing.assert_allclose(out, q, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def names(tree):
 
 @pytest.mark.parametrize("name", recipes())
 def test_every_parameter_of_every_recipe_has_one_rule(name):
-    parameter_shardings(shapes(load_recipe(name).model), make_mesh(MeshConfig(tensor=2, fsdp=2)))
+    found = names(parameter_shardings(shapes(load_recipe(name).model), make_mesh(MeshConfig(tensor=2, fsdp=2))))
+    assert found["embed/embedding"].spec == P("tensor", "fsdp")
 
 
 @pytest.mark.parametrize("entry", [entry for entry in CATALOG if entry.layer], ids=lambda entry: entry.name)
