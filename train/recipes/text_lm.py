@@ -4,9 +4,7 @@
     python -m train run text_lm --data.source 'notes/*.md' books.jsonl --schedule.steps 5000 --workdir runs/books
 
 Files, folders (walked), globs and .jsonl (`--data.field` names the field) are read; every tenth document is held out.
-The default is 5.2 M parameters and 2000 steps of 4096 tokens: about 8 million bytes, two hours on 2 CPU cores or a few
-minutes on an accelerator. Expect 2 bits per byte from a megabyte of English, and less with more text and
-`--schedule.steps`.
+The default is 2000 steps of 4096 bytes. No figure is promised: it depends on your text, and the run prints its own.
 """
 
 from jattn.models.lm import LMConfig
