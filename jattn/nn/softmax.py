@@ -61,6 +61,12 @@ def write_cache(
     )
 
 
+def attend_cache(query: Float[Array, "B 1 N H"], cache: KVCache) -> Float[Array, "B 1 N H"]:
+    """One token's attention over everything that `cache` holds."""
+    key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+    return dot_product_attention(query, key, value, mask=(cache.position >= 0)[:, None, None, :])
+
+
 class _Attention(nnx.Module):
     """What the two softmax mixers share: projections, normalised queries and keys, rotary positions."""
 
@@ -133,9 +139,7 @@ class SoftmaxMixer(_Attention):
         order = first + jnp.arange(x.shape[1], dtype=jnp.int32)
         new = write_cache(state, key, value, last_segment(segment_ids, positions))
         if x.shape[1] == 1:
-            visible = (new.position >= 0)[:, None, None, :]
-            out = dot_product_attention(query, new.key.astype(key.dtype), new.value.astype(value.dtype), mask=visible)
-            return self.projections.merge(out), new
+            return self.projections.merge(attend_cache(query, new)), new
         # Several tokens look at the old cache and at one another; an old slot belongs to the first token's segment.
         old = jnp.broadcast_to((state.position >= 0)[:, None, :], (*order.shape, state.position.shape[1]))
         own = order[:, :, None] >= order[:, None, :]
@@ -188,10 +192,8 @@ class SlidingWindowMixer(_Attention):
         capacity = state.position.shape[1]
         new = write_cache(state, key, value, last_segment(segment_ids, positions))
         if x.shape[1] == 1:
-            visible = (new.position > state.written[:, None] - self.window) & (new.position >= 0)
-            keys, values = new.key.astype(key.dtype), new.value.astype(value.dtype)
-            out = dot_product_attention(query, keys, values, mask=visible[:, None, None, :])
-            return self.projections.merge(out), new
+            # The ring holds no more than a window, so all that it holds is within reach.
+            return self.projections.merge(attend_cache(query, new)), new
         # The ring in order of age stands before the new tokens, so that the window is a band again.
         slots = (state.written[:, None] + jnp.arange(capacity)) % capacity
         rows = jnp.arange(x.shape[0])[:, None]
