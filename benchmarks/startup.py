@@ -37,7 +37,7 @@ def compile_seconds(layers: int) -> float:
     integers = np.zeros(shape, np.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), integers)
     batch = place({**batch, "weights": np.ones(shape, np.float32)}, program)
-    program.step.lower(program.state_shape, batch, np.float32(1)).compile()
+    program.step.lower(program.state_shape, batch, np.float32(1), program.request(0)).compile()
     return time.perf_counter() - start
 
 

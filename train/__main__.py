@@ -14,8 +14,12 @@ USAGE = """\
 python -m train VERB ...
 
   run RECIPE [--workdir D] [overrides]   train; goes on by itself when D holds a valid checkpoint
+  compile RECIPE --topology T            whether it would fit chips that are not here, and what it would do there
+  compare RECIPE --mixers A B            the same budget for several mixers and seeds: table, plot, JSON
   sample WORKDIR [options]               write text with a trained model
   eval WORKDIR [options]                 bits per byte on held-out or other text
+  export WORKDIR [options]               the weights as safetensors
+  inspect WORKDIR                        what a checkpoint holds, whether it is whole, and which run made it
   doctor                                 devices, versions, and which implementation each op would use, and why
 
 Every verb answers --help. Recipes: {recipes}
@@ -25,7 +29,16 @@ Every verb answers --help. Recipes: {recipes}
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command: 0, or 2 with one line on stderr when the user can mend it."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    verbs: dict[str, Callable[[list[str]], None]] = {"run": _run, "sample": _sample, "eval": _eval, "doctor": _doctor}
+    verbs: dict[str, Callable[[list[str]], int | None]] = {
+        "run": _run,
+        "compile": _module("compile"),
+        "compare": _module("compare"),
+        "sample": _sample,
+        "eval": _eval,
+        "export": _module("export"),
+        "inspect": _module("inspect"),
+        "doctor": _doctor,
+    }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             from train.config import recipes
@@ -34,30 +47,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if arguments else 2
         if arguments[0] not in verbs:
             raise UserError(f"no verb is called {arguments[0]!r}; there are {', '.join(verbs)}")
-        verbs[arguments[0]](list(arguments[1:]))
+        return verbs[arguments[0]](list(arguments[1:])) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def _module(name: str) -> Callable[[list[str]], int | None]:
+    """The verb that is a module of its own, imported when it is called."""
+
+    def verb(arguments: list[str]) -> int | None:
+        import importlib
+
+        return importlib.import_module(f"train.{name}").main(arguments)
+
+    return verb
 
 
 def _run(arguments: list[str]) -> None:
     started = time.monotonic()  # before the imports, which are a part of a person's three minutes
-    from train import config, loop
+    from train import config, distributed
 
     if not arguments or arguments[0] in ("-h", "--help"):
         names = ", ".join(config.recipes())
         print(
             "usage: python -m train run RECIPE [--workdir D] [overrides]\n"
-            f"recipes: {names}\noverrides: python -m train run RECIPE --help"
+            f"recipes: {names}\n"
+            "overrides: python -m train run RECIPE --help\n"
+            "many hosts, the same command on each: --distributed auto (SLURM, GKE, Cloud TPU), or\n"
+            "  --coordinator HOST:PORT --num-processes N --process-id I"
         )
         return
     recipe, arguments = arguments[0], arguments[1:]
     workdir, arguments = _take_workdir(arguments, Path("runs") / recipe)
-    loop.run(config.parse_overrides(config.load_recipe(recipe), arguments), workdir, started=started)
+    processes, arguments = distributed.take_flags(arguments)
+    settings = config.parse_overrides(config.load_recipe(recipe), arguments)
+    distributed.initialise(processes)
+    from train import loop
+
+    with distributed.together():
+        loop.run(settings, workdir, started=started)
 
 
 def _take_workdir(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
@@ -101,12 +133,17 @@ class _SampleOptions:
 def _sample(arguments: list[str]) -> None:
     from train import loop
     from train.config import SampleConfig, parse_arguments
+    from train.data.tokenizer import load_tokenizer
+    from train.workdir import load
 
     if {"-h", "--help"} & {*arguments}:
         arguments = ["WORKDIR", "--help"]
     workdir, arguments = _take_run(arguments, "sample")
     options = parse_arguments(_SampleOptions, arguments, "sample WORKDIR")
-    config, program, state = loop.load(workdir)
+    config, program, state = load(workdir)
+    if config.data.recall.task is not None:
+        raise UserError(f"{workdir}: was trained on {config.data.recall.task}, which is no text; eval gives its accuracy")
+    tokenizer = load_tokenizer(config.data.tokenizer, workdir, None, config.model.vocab_size)
     sample = SampleConfig(
         (options.prompt,), options.tokens, options.temperature, options.top_p, options.top_k, options.min_p
     )
@@ -114,11 +151,12 @@ def _sample(arguments: list[str]) -> None:
     stream = _Utf8Printer()
     stream.write(options.prompt.encode())
     loop.write_text(
-        program.model(state.parameters),
+        program.model(state.weights),
         config,
+        tokenizer,
         options.prompt,
         seed=options.seed,
-        on_token=lambda token: stream.write(bytes([int(token[0])])),
+        on_token=lambda token: stream.write(tokenizer.decode([int(token[0])])),
     )
     print()
 
@@ -140,7 +178,7 @@ class _EvalOptions:
     """Bits per byte of a trained model."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs to score whole; without any, the run's own held-out documents."""
+    """Files, folders or globs to score whole; without any, the run's own held-out documents and sets."""
     field: str = "text"
     """Which field of a JSONL line holds the text."""
 
@@ -148,21 +186,27 @@ class _EvalOptions:
 def _eval(arguments: list[str]) -> None:
     import json
 
-    from train import evaluate, loop
     from train.config import parse_arguments
-    from train.data.sources import read_documents, split_by_document
+    from train.data.load import load_data, text_set
+    from train.data.sources import read_documents
+    from train.evaluate import score
+    from train.workdir import load
 
     if {"-h", "--help"} & {*arguments}:
         arguments = ["WORKDIR", "--help"]
     workdir, arguments = _take_run(arguments, "eval")
     options = parse_arguments(_EvalOptions, arguments, "eval WORKDIR")
-    config, program, state = loop.load(workdir)
+    config, program, state = load(workdir)
+    loaded = load_data(config, workdir)
+    sets = loaded.evaluation
     if options.data:
-        documents = read_documents(options.data, options.field)
-    else:
-        documents = split_by_document(read_documents(config.data.source, config.data.field), config.data.holdout)[1]
-    bits = evaluate.bits_per_byte(program, state.parameters, documents, config.data)
-    print(json.dumps({"bits_per_byte": bits, "documents": len(documents), "step": int(state.step)}))
+        if loaded.tokenizer is None:
+            raise UserError(f"--data: {workdir} was trained on {config.data.recall.task}, which is no text")
+        texts = read_documents(options.data, options.field)
+        sets = {"data": text_set(texts, loaded.tokenizer, config.data.context, "--data")}
+    rows = config.data.batch // config.data.accumulate
+    scores = {name: score(program, state.weights, one, rows) for name, one in sets.items()}
+    print(json.dumps({"step": int(state.step), **scores}))
 
 
 def _doctor(arguments: list[str]) -> None:

@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.checks import check_count
+from train import distributed
 from train.errors import UserError
 
 MANIFEST = "MANIFEST.json"
@@ -68,6 +69,7 @@ class Checkpoints:
         self._checked: set[int] = set()
         self._damaged: set[int] = set()
         self._last: int | None = None
+        self._kept_also: int | None = None
         self._sealing: Future[None] | None = None
         self._worker: ThreadPoolExecutor | None = None
         self._writer: Any = None
@@ -78,7 +80,9 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any], *, wait: bool = False) -> None:
+    def save(
+        self, step: int, state: Any, extra: Mapping[str, Any], *, keep_also: int | None = None, wait: bool = False
+    ) -> None:
         """Write `state` and `extra` as the checkpoint of `step`.
 
         Returns when the arrays have been copied off the devices, so that they may be donated; the rest happens in the
@@ -89,6 +93,7 @@ class Checkpoints:
           step: at least 0.
           state: a pytree of JAX arrays.
           extra: JSON that comes back from `restore`.
+          keep_also: a step that stays although it is not among the newest, such as the best so far.
           wait: return only when the checkpoint is sealed.
 
         Raises:
@@ -96,7 +101,8 @@ class Checkpoints:
             this step exists.
         """
         step = check_count("step", step, minimum=0)
-        self.wait()
+        self._wait_together()
+        self._kept_also = keep_also
         if step == self._last:
             return
         leaves = _flatten(state)
@@ -105,10 +111,7 @@ class Checkpoints:
         text = json.dumps(header, indent=1)
         folder = self._folder(step)
         try:
-            if _is_main_process():
-                self._make_way(folder)
-                folder.mkdir(parents=True)
-                _write_synced(folder / HEADER, text)
+            distributed.decide("checkpoint begun", lambda: self._begin(folder, text))
             _write_arrays(self._orbax(), folder / ARRAYS, arrays)
         except OSError as error:
             raise self._failed(step, error) from error
@@ -117,7 +120,7 @@ class Checkpoints:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._sealing = self._worker.submit(self._seal, step)
         if wait:
-            self.wait()
+            self._wait_together()
 
     def wait(self) -> None:
         """Wait for the save in flight, if any, and raise here what went wrong in it."""
@@ -127,6 +130,11 @@ class Checkpoints:
             finally:  # an interrupt while waiting leaves the save in flight
                 if self._sealing.done():
                     self._sealing = None
+
+    def _wait_together(self) -> None:
+        if not distributed.is_main():
+            self.wait()
+        distributed.decide("checkpoint sealed", self.wait)
 
     def close(self) -> None:
         """`wait`, then end the threads; idempotent."""
@@ -143,16 +151,22 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step that is sealed and agrees with its checksums, or `None` where nothing was ever sealed.
 
-        Says why each newer folder was skipped. Nothing is changed, so it may run beside the process that writes.
+        Says why each newer folder was skipped. Nothing is changed, so it may run beside the process that writes. Of
+        many processes the first reads, and all have its answer.
 
         Raises:
           UserError: there are checkpoints and none is valid.
         """
+        step = distributed.decide("newest checkpoint", self._latest)
+        if step is not None:
+            self._checked.add(step)
+        return step
+
+    def _latest(self) -> int | None:
         steps = self._steps()
         for step in reversed(steps):
             problem = find_damage(self._folder(step))
             if problem is None:
-                self._checked.add(step)
                 return step
             self._damaged.add(step)
             self._say(f"skipped {self._folder(step)}: {problem}")
@@ -164,7 +178,10 @@ class Checkpoints:
         return None
 
     def clean(self) -> None:
-        """Remove what unfinished writes have left. For the process that writes here, and after `latest`."""
+        """Remove what unfinished writes have left. For the run that writes here, and after `latest`."""
+        distributed.decide("checkpoints cleaned", self._clean)
+
+    def _clean(self) -> None:
         for step in self._steps():
             if not self._is_sealed(step):
                 self._say(f"removed {self._folder(step)}: unfinished, it was cut off before its seal")
@@ -199,7 +216,7 @@ class Checkpoints:
         folder = self._folder(step)
         try:
             self._writer.wait_until_finished()
-            if not _is_main_process():
+            if not distributed.is_main():
                 return
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             for path in files:
@@ -218,11 +235,19 @@ class Checkpoints:
         self._damaged.discard(newest)
         sealed = [step for step in self._steps() if step <= newest and self._is_sealed(step)]
         valid = [step for step in sealed if step not in self._damaged]
-        for step in sorted(set(sealed) - set(valid[-self._keep :])):
+        for step in sorted(set(sealed) - {*valid[-self._keep :], *({self._kept_also} & {*valid})}):
             try:
                 _remove(self._folder(step))
             except OSError as error:
                 self._say(f"{self._folder(step)} is no longer needed, and could not be removed ({error})")
+
+    def _begin(self, folder: Path, header: str) -> None:
+        try:
+            self._make_way(folder)
+            folder.mkdir(parents=True)
+            _write_synced(folder / HEADER, header)
+        except OSError as error:
+            raise self._failed(int(folder.name.removeprefix(PREFIX)), error) from error
 
     def _make_way(self, folder: Path) -> None:
         """Remove an unfinished or damaged folder that stands where this save goes."""
@@ -344,10 +369,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_main_process() -> bool:
-    return jax.process_index() == 0
 
 
 # Orbax is imported where it is used: it takes half as long to load as jax, and `--help` does without.

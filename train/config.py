@@ -23,19 +23,42 @@ from train.errors import UserError, user_errors
 
 
 @dataclasses.dataclass(frozen=True)
+class RecallConfig:
+    """Synthetic recall in place of text: the model must repeat what stands earlier in the sequence."""
+
+    task: Literal["mqar", "copying", "induction"] | None = None
+    """Multi-query associative recall, copying, or induction heads; with a task no text is read."""
+    pairs: int = 8
+    """Key-value pairs of "mqar"."""
+    power: float = 0.01
+    """Exponent of the gaps between a pair and its query in "mqar"; a small one puts many queries close."""
+    copy_length: int = 32
+    """Tokens to be copied."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which text, and how it becomes batches."""
 
     source: tuple[str, ...] = ("pydoc",)
     """"pydoc" (CPython's own reference text), or files, folders and globs of text or .jsonl."""
+    weights: tuple[float, ...] = ()
+    """Shares of the sources in the training tokens, one for each; without any, all documents are one text."""
     field: str = "text"
     """Which field of a JSONL line holds the text."""
+    tokenizer: str | None = None
+    """A tokenizer.json, "train" to train one of model.vocab_size on the text, or None: a token is a byte."""
+    recall: RecallConfig = RecallConfig()
     context: int = 512
     """Tokens in a sequence."""
     batch: int = 8
     """Sequences in a step, over all devices."""
+    accumulate: int = 1
+    """Parts that a step cuts its batch into, one after the other, to need less memory."""
     holdout: float = 0.1
     """Fraction of the documents that is never trained on and gives the validation figure."""
+    eval_sets: tuple[str, ...] = ()
+    """Further texts to score, as name=files, folders or globs (several after commas)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +78,23 @@ class OptimizerConfig:
     """Of Muon."""
     clip_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
+    ema: float | None = None
+    """Decay per step of a running mean of the weights, which is then what is scored, sampled and exported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about steps that go wrong."""
+
+    max_nonfinite: int = 5
+    """Updates in a row that are not finite, each of them skipped, before the run stops and keeps the batch."""
+    spike_z: float | None = None
+    """A loss so many standard deviations above the mean of the last `spike_window` is a spike: the run goes back to its
+    last checkpoint and leaves out the batches since then. None switches the rule off."""
+    spike_window: int = 100
+    """Losses that mean and deviation are taken over."""
+    max_rollbacks: int = 3
+    """Times that a run may go back to the same checkpoint before it stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +146,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     sample: SampleConfig = SampleConfig()
+    guard: GuardConfig = GuardConfig()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. "auto" is bfloat16 where the device multiplies in it."""
     seed: int = 0
@@ -117,13 +158,31 @@ class RunConfig:
     save_every_seconds: float = 30.0
     """Time between two checkpoints; one is always made at the end."""
     keep_checkpoints: int = 3
+    """How many of the newest stay; the one with the best validation figure stays besides."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a profiler trace, written to the folder `profile`."""
 
     def __post_init__(self) -> None:
         schedule, data, sample = self.schedule, self.data, self.sample
-        if self.model.vocab_size != VOCABULARY:
+        if data.tokenizer is None and data.recall.task is None and self.model.vocab_size != VOCABULARY:
             raise UserError(
-                f"model.vocab_size: a token is a byte, so expected {VOCABULARY}, got {self.model.vocab_size}"
+                f"model.vocab_size: a token is a byte, so expected {VOCABULARY}, got {self.model.vocab_size}; "
+                f"data.tokenizer brings another vocabulary"
             )
+        if data.weights and len(data.weights) != len(data.source):
+            raise UserError(
+                f"data.weights: expected one for each of {len(data.source)} sources, got {len(data.weights)}"
+            )
+        if not all(0 < weight < float("inf") for weight in data.weights):
+            raise UserError(f"data.weights: expected positive numbers, got {data.weights}")
+        if data.batch % max(data.accumulate, 1):
+            raise UserError(f"data.batch: {data.batch} sequences do not divide by data.accumulate = {data.accumulate}")
+        if self.optimizer.ema is not None and not 0 < self.optimizer.ema < 1:
+            raise UserError(f"optimizer.ema: expected a decay in (0, 1), got {self.optimizer.ema}; None switches it off")
+        if self.guard.spike_z is not None and not self.guard.spike_z > 0:
+            raise UserError(f"guard.spike_z: expected a positive number, got {self.guard.spike_z}")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise UserError(f"profile_steps: expected first and last step, 1 <= first <= last, got {self.profile_steps}")
         if (schedule.steps is None) == (schedule.seconds is None):
             raise UserError(
                 f"schedule: give one of steps and seconds, got {schedule.steps} and {schedule.seconds}; None is neither"
@@ -132,6 +191,10 @@ class RunConfig:
             ("schedule.steps", schedule.steps, 1),
             ("data.context", data.context, 1),
             ("data.batch", data.batch, 1),
+            ("data.accumulate", data.accumulate, 1),
+            ("guard.max_nonfinite", self.guard.max_nonfinite, 1),
+            ("guard.spike_window", self.guard.spike_window, 2),
+            ("guard.max_rollbacks", self.guard.max_rollbacks, 1),
             ("log_every", self.log_every, 1),
             ("eval_every", self.eval_every, 1),
             ("keep_checkpoints", self.keep_checkpoints, 1),

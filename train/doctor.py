@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import jattn
 from jattn.catalog import CATALOG
-from train.loop import environment
+from train.workdir import environment
 
 
 def doctor() -> None:

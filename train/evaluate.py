@@ -1,4 +1,4 @@
-"""The validation figure: bits per byte over the held-out documents, every byte of which is scored once."""
+"""The figures of a set of texts: bits per byte, every token but a document's first scored once, and accuracy."""
 
 from __future__ import annotations
 
@@ -10,27 +10,50 @@ from typing import Any
 
 import jax
 
-from train.config import DataConfig
+from train.data.load import EvalSet
 from train.data.packing import eval_batches
 from train.data.sources import Document
 from train.step import Program
+
+IN_FLIGHT = 2
+"""Batches that are scored while the next is made; more would fill the device with batches of a large set."""
 
 COMPRESSED_AT_MOST = 16 * 2**20
 """Bytes of text: `xz -9e` reads about 2 MB a second, and a run should not wait minutes for a yardstick."""
 
 
-def bits_per_byte(program: Program, parameters: Any, documents: Sequence[Document], data: DataConfig) -> float:
-    """Mean cross-entropy of `documents` in bits per token, a token being a byte; a context starts without a past."""
+def score(program: Program, weights: Any, evaluated: EvalSet, batch: int) -> dict[str, float]:
+    """The figures of one set.
+
+    Args:
+      program: compiled for batches of `batch` sequences.
+      weights: of the model.
+
+    Returns:
+      "bits_per_byte", the cross-entropy of all tokens over the bytes of their text (over the tokens, where they stand for
+      no text); for a recall task also "accuracy", the share of answers that are the likeliest token.
+    """
     batches = eval_batches(
-        documents,
-        data.context,
-        data.batch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        evaluated.windows, batch, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    totals = [program.evaluate(parameters, place(batch, program)) for batch in batches]
-    loss, count = (sum(float(part) for part in parts) for parts in zip(*totals, strict=True))
-    return loss / count / math.log(2)
+    totals: dict[str, float] = {}
+    pending: list[dict[str, jax.Array]] = []
+
+    def read() -> None:
+        for name, value in pending.pop(0).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+
+    for rows in batches:
+        pending.append(program.evaluate(weights, place(rows, program)))
+        if len(pending) > IN_FLIGHT:
+            read()
+    while pending:
+        read()
+    count = totals["weight"] if evaluated.bytes is None else evaluated.bytes
+    figures = {"bits_per_byte": totals["loss"] / count / math.log(2)}
+    if "correct" in totals:
+        figures["accuracy"] = totals["correct"] / totals["weight"]
+    return figures
 
 
 def place(batch: dict[str, Any], program: Program) -> dict[str, jax.Array]:

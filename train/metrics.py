@@ -100,6 +100,10 @@ class MetricsLog:
         self._file = open(self.path, "ab")  # noqa: SIM115
         return len(rows) - len(kept)
 
+    def sync(self) -> None:
+        """What was written is on disk when this returns."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 

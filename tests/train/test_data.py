@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import json
 import threading
@@ -187,13 +186,18 @@ def test_permutation_never_changes():
 
 def test_text_shorter_than_a_context_is_refused():
     PackedWindows((b"123", b"4567"), 6, seed=0)
-    with pytest.raises(UserError, match=r"7 bytes, and one context of 7 needs 8; give more text or choose a shorter"):
-        TrainData((b"123", b"4567"), context=7, global_batch=1)
+    with pytest.raises(UserError, match=r"7 tokens, and one context of 7 needs 8; give more text or choose a shorter"):
+        PackedWindows((b"123", b"4567"), 7, seed=0)
+
+
+def stacked(windows):
+    rows = list(windows)
+    return {name: np.stack([row[name] for row in rows]) for name in FIELDS}
 
 
 def test_evaluation_scores_every_byte_but_the_first_once():
     documents = (*make_documents(), b"x", b"0123456789abc" * 2 + b"!")  # the last: exactly two windows of 13
-    windows = eval_windows(documents, 13)
+    windows = stacked(eval_windows(documents, 13))
     scored = [
         (segment, target)
         for segment, target in zip(windows["weights"].ravel(), windows["targets"].ravel(), strict=True)
@@ -210,15 +214,16 @@ def test_evaluation_scores_every_byte_but_the_first_once():
     for row, n in enumerate(rows.astype(int)):
         np.testing.assert_array_equal(windows["positions"][row, :n], np.arange(n))
         np.testing.assert_array_equal(windows["tokens"][row, 1:n], windows["targets"][row, : n - 1])
-    with pytest.raises(UserError, match="no byte to score"):
+    with pytest.raises(UserError, match="no token to score"):
         eval_windows((b"x",), 13)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_evaluation_batches_cover_the_windows(processes):
     documents = make_documents()
-    windows = eval_windows(documents, 7)
-    parts = [list(eval_batches(documents, 7, 6, process_index=p, process_count=processes)) for p in range(processes)]
+    made = eval_windows(documents, 7)
+    windows = stacked(made)
+    parts = [list(eval_batches(made, 6, process_index=p, process_count=processes)) for p in range(processes)]
     whole = {n: np.concatenate([b[n] for step in zip(*parts, strict=True) for b in step]) for n in FIELDS}
     count = len(windows["tokens"])
     assert len(whole["tokens"]) == -(-count // 6) * 6 > count
@@ -230,35 +235,39 @@ def test_evaluation_batches_cover_the_windows(processes):
 # Pipeline
 
 
+def stream(documents, context, global_batch, seed=0, process_index=0, process_count=1) -> TrainData:
+    return TrainData(PackedWindows(documents, context, seed), global_batch, process_index, process_count)
+
+
 def read(data: TrainData, steps: int, start: int = 0):
     with data.iterator(start) as batches:
         return [next(batches) for _ in range(steps)]
 
 
 def test_batches_are_consecutive_windows():
-    data = TrainData(make_documents(), context=13, global_batch=6, seed=3)
+    data = stream(make_documents(), context=13, global_batch=6, seed=3)
     assert data.tokens_per_step == 78
     for step, batch in enumerate(read(data, 5)):
-        rows = [data._windows[step * 6 + row] for row in range(6)]
+        rows = [data.windows[step * 6 + row] for row in range(6)]
         assert_same(batch, {name: np.stack([row[name] for row in rows]) for name in FIELDS})
 
 
 def test_same_global_batch_on_any_number_of_processes():
     documents = make_documents()
-    whole = read(TrainData(documents, 13, 6, seed=3), 5)
+    whole = read(stream(documents, 13, 6, seed=3), 5)
     for processes in (2, 3):
-        parts = [read(TrainData(documents, 13, 6, 3, p, processes), 5) for p in range(processes)]
+        parts = [read(stream(documents, 13, 6, 3, p, processes), 5) for p in range(processes)]
         for step, batch in enumerate(whole):
             assert_same(batch, {n: np.concatenate([part[step][n] for part in parts]) for n in FIELDS})
     with pytest.raises(UserError, match=r"a global batch of 6 sequences cannot be shared by 4 processes"):
-        TrainData(documents, 13, 6, 3, 0, 4)
+        stream(documents, 13, 6, 3, 0, 4)
     with pytest.raises(ValueError, match="process_index: expected less than process_count = 2, got 2"):
-        TrainData(documents, 13, 6, 3, 2, 2)
+        stream(documents, 13, 6, 3, 2, 2)
 
 
 def test_resume_is_exact_and_its_state_is_the_step():
     documents = make_documents()
-    data = TrainData(documents, context=13, global_batch=6, seed=3)
+    data = stream(documents, context=13, global_batch=6, seed=3)
     batches = read(data, 9)
     with data.iterator() as running:
         for _ in range(4):
@@ -266,7 +275,7 @@ def test_resume_is_exact_and_its_state_is_the_step():
         state = json.loads(json.dumps(running.get_state()))
         assert state["step"] == 4
         next(running)
-        with TrainData(documents, 13, 6, 3, 1, 2).iterator() as elastic:
+        with stream(documents, 13, 6, 3, 1, 2).iterator() as elastic:
             elastic.set_state(state)
             second_half = [next(elastic) for _ in range(5)]
         running.set_state(state)  # back, past what is already read ahead
@@ -284,28 +293,29 @@ def test_resume_is_exact_and_its_state_is_the_step():
         ({"global_batch": 3}, "global_batch was 6, is 3"),
         ({"context": 11}, "context was 13, is 11"),
         ({"documents": make_documents()[::-1]}, "documents was"),
+        ({"documents": make_documents(12)}, "documents was"),
     ],
 )
 def test_state_of_another_stream_is_refused(changed, message):
-    data = TrainData(make_documents(), context=13, global_batch=6, seed=3)
-    with data.iterator() as batches:
+    settings = {"documents": make_documents(), "context": 13, "global_batch": 6, "seed": 3}
+    with stream(**settings).iterator() as batches:
         state = batches.get_state()
-    with dataclasses.replace(data, **changed).iterator() as batches, pytest.raises(UserError, match=message):
+    with stream(**(settings | changed)).iterator() as batches, pytest.raises(UserError, match=message):
         batches.set_state(state)
 
 
 def test_resume_at_step_100_000_takes_less_than_a_second():
-    data = TrainData(read_documents("pydoc"), context=512, global_batch=2, seed=1)
+    data = stream(read_documents("pydoc"), context=512, global_batch=2, seed=1)
     read(data, 1)  # imports
     start = time.perf_counter()
-    batch = read(TrainData(read_documents("pydoc"), context=512, global_batch=2, seed=1), 1, start=100_000)[0]
+    batch = read(stream(read_documents("pydoc"), context=512, global_batch=2, seed=1), 1, start=100_000)[0]
     assert time.perf_counter() - start < 1
-    assert_same(batch, {n: np.stack([data._windows[200_000 + row][n] for row in (0, 1)]) for n in FIELDS})
+    assert_same(batch, {n: np.stack([data.windows[200_000 + row][n] for row in (0, 1)]) for n in FIELDS})
 
 
 def test_closing_ends_the_threads():
     before = set(threading.enumerate())
-    data = TrainData(make_documents(), context=13, global_batch=6)
+    data = stream(make_documents(), context=13, global_batch=6)
     batches = data.iterator()
     next(batches)
     assert set(threading.enumerate()) - before

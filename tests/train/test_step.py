@@ -127,7 +127,7 @@ def run(config, mesh, devices, steps=3, factor=1.0, batches=None):
     state, losses = program.init(0), []
     for index in range(steps):
         given = batch(index) if batches is None else batches[index]
-        state, metrics = program.step(state, place(given, program), np.float32(factor))
+        state, metrics = program.step(state, place(given, program), np.float32(factor), program.request(0))
         losses.append(float(metrics["loss"]))
     return state, losses, metrics
 

@@ -14,17 +14,35 @@ from the one flat array of tokens.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Integer
 
 from jattn.checks import check_count
-from train.data.sources import Document
 from train.errors import UserError
 
 type Batch = dict[str, np.ndarray]
 """int32 `tokens, targets, segment_ids, positions` and float32 `weights`, each [..., context]."""
+
+type Tokens = bytes | Integer[np.ndarray, " length"]
+"""One document: its bytes, which are tokens of a vocabulary of 256, or the integers that a tokenizer made of it."""
+
+
+class Windows(Protocol):
+    """An endless sequence of training windows, each a function of its index alone."""
+
+    context: int
+    per_epoch: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What fixes the sequence, as JSON: an index means the same window only where all of this agrees."""
 
 
 def permutation(length: int, *key: int) -> Int64[np.ndarray, " length"]:
@@ -53,17 +71,17 @@ class PackedWindows:
       UserError: all documents together are shorter than one context and its last target.
     """
 
-    def __init__(self, documents: Sequence[Document], context: int, seed: int) -> None:
+    def __init__(self, documents: Sequence[Tokens], context: int, seed: int) -> None:
         self.context = check_count("context", context)
         self._seed = check_count("seed", seed, minimum=0)
         self._lengths = np.array([len(document) for document in documents], np.int64)
         total = int(self._lengths.sum())
         if total <= context:
             raise UserError(
-                f"the training text has {total} bytes, and one context of {context} needs {context + 1}; "
+                f"the training text has {total} tokens, and one context of {context} needs {context + 1}; "
                 f"give more text or choose a shorter context"
             )
-        self._tokens: UInt8[np.ndarray, " total"] = np.frombuffer(b"".join(documents), np.uint8)
+        self._tokens: Integer[np.ndarray, " total"] = np.concatenate([_as_array(d) for d in documents])
         self._offsets = np.cumsum(self._lengths) - self._lengths
         self.per_epoch = (total - 1) // context
         # Prefetching straddles at most two epochs.
@@ -75,6 +93,11 @@ class PackedWindows:
         lengths = self._lengths[order]
         starts = np.cumsum(lengths) - lengths
         return permutation(self.per_epoch, self._seed, epoch, 1), starts, self._offsets[order] - starts
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.blake2b(self._lengths.tobytes(), digest_size=16)
+        digest.update(self._tokens.view(np.uint8))
+        return {"documents": digest.hexdigest(), "context": self.context, "seed": self._seed}
 
     def __len__(self) -> int:
         """More windows than any run reads: the sequence has no end, but random access wants a length."""
@@ -96,50 +119,68 @@ class PackedWindows:
         }
 
 
-def eval_windows(documents: Sequence[Document], context: int) -> Batch:
-    """Windows [count, context] that score every byte but the first of each document exactly once.
+def eval_windows(documents: Sequence[Tokens], context: int) -> EvalWindows:
+    """Windows [context] that score every token but the first of each document exactly once.
 
     Each document is cut by itself, so a score does not depend on its neighbours. What remains of a row beyond the
-    document has segment id 0 and weight 0; tokens and targets there are 0. The first byte of a document has nothing
-    before it that could predict it, so the number of bytes scored is `sum(len(d) - 1 for d in documents)`.
+    document has segment id 0 and weight 0; tokens and targets there are 0. The first token of a document has nothing
+    before it that could predict it, so the number of tokens scored is `sum(len(d) - 1 for d in documents)`.
 
     Raises:
-      UserError: no document has a byte to score.
+      UserError: no document has a token to score.
     """
-    check_count("context", context)
-    rows = [(document, start) for document in documents for start in range(0, len(document) - 1, context)]
-    if not rows:
-        raise UserError("the held-out documents have no byte to score; give longer documents or hold out more of them")
-    shape = (len(rows), context)
-    tokens, targets, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(4))
-    for row, (document, start) in enumerate(rows):
-        piece = np.frombuffer(document, np.uint8)[start : start + context + 1]
+    return EvalWindows(documents, check_count("context", context))
+
+
+class EvalWindows(Sequence[Batch]):
+    """See `eval_windows`; a window is made when it is read, so a large set needs no memory besides its documents."""
+
+    def __init__(self, documents: Sequence[Tokens], context: int) -> None:
+        self._documents, self._context = documents, context
+        counts = [-(-max(len(document) - 1, 0) // context) for document in documents]
+        self._ends = np.cumsum(counts)
+        if not sum(counts):
+            raise UserError(
+                "the held-out documents have no token to score; give longer documents or hold out more of them"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        start = (index - (int(self._ends[which - 1]) if which else 0)) * self._context
+        piece = _as_array(self._documents[which][start : start + self._context + 1])
         n = len(piece) - 1
-        tokens[row, :n], targets[row, :n] = piece[:-1], piece[1:]
-        positions[row, :n], segment_ids[row, :n] = np.arange(n), 1
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "segment_ids": segment_ids,
-        "positions": positions,
-        "weights": segment_ids.astype(np.float32),
-    }
+        window = _blank(self._context)
+        window["tokens"][:n], window["targets"][:n] = piece[:-1], piece[1:]
+        window["positions"][:n], window["segment_ids"][:n], window["weights"][:n] = np.arange(n), 1, 1
+        return window
 
 
 def eval_batches(
-    documents: Sequence[Document], context: int, global_batch: int, *, process_index: int = 0, process_count: int = 1
+    windows: Sequence[Batch], global_batch: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """The rows of `eval_windows` in batches [global_batch / process_count, context] of one shape, this process's rows.
+    """`windows` in batches [global_batch / process_count, context] of one shape, this process's rows.
 
     The last batch is filled with rows of segment id 0 and weight 0.
     """
     rows = rows_per_process(global_batch, process_count)
-    windows = eval_windows(documents, context)
-    count = len(windows["tokens"])
-    for first in range(process_index * rows, -(-count // global_batch) * global_batch, global_batch):
-        part = {name: array[first : first + rows] for name, array in windows.items()}
-        missing = rows - len(part["tokens"])
-        yield {name: np.pad(array, ((0, missing), (0, 0))) for name, array in part.items()}
+    blank = _blank(len(windows[0]["tokens"]))
+    for first in range(process_index * rows, -(-len(windows) // global_batch) * global_batch, global_batch):
+        part = [windows[index] if index < len(windows) else blank for index in range(first, first + rows)]
+        yield {name: np.stack([window[name] for window in part]) for name in blank}
+
+
+def _blank(context: int) -> Batch:
+    integers = ("tokens", "targets", "segment_ids", "positions")
+    return {name: np.zeros(context, np.int32) for name in integers} | {"weights": np.zeros(context, np.float32)}
+
+
+def _as_array(document: Tokens) -> np.ndarray:
+    return np.frombuffer(document, np.uint8) if isinstance(document, bytes) else document
 
 
 def rows_per_process(global_batch: int, process_count: int) -> int:

@@ -1,6 +1,6 @@
 """Batches as a function of (seed, step), read ahead by threads.
 
-Global batch s is windows s*B .. s*B + B - 1 of `PackedWindows`, and process p of P reads the p-th contiguous B/P of its
+Global batch s is windows s*B .. s*B + B - 1 of a sequence of windows, and process p of P reads the p-th contiguous B/P of its
 rows. So the global batch is the same on any number of processes, and the whole state of the stream is the next step.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from jattn.checks import check_count
-from train.data.packing import Batch, PackedWindows, rows_per_process
-from train.data.sources import Document
+from train.data.packing import Batch, Windows, rows_per_process
 from train.errors import UserError
 
 READ_THREADS = 2
@@ -27,17 +27,13 @@ class TrainData:
     """The training stream.
 
     Attributes:
-      documents: the training side of the split.
-      context: tokens per sequence.
+      windows: the endless sequence that batches are cut from.
       global_batch: sequences per step over all processes.
-      seed: of the order of documents and windows.
       process_index, process_count: which rows of the global batch this process reads.
     """
 
-    documents: Sequence[Document]
-    context: int
+    windows: Windows
     global_batch: int
-    seed: int = 0
     process_index: int = 0
     process_count: int = 1
 
@@ -47,35 +43,21 @@ class TrainData:
             raise ValueError(
                 f"process_index: expected less than process_count = {self.process_count}, got {self.process_index}"
             )
-        _ = self._windows  # a text shorter than one context is found here, not at the first step
-
-    @functools.cached_property
-    def _windows(self) -> PackedWindows:
-        return PackedWindows(self.documents, self.context, self.seed)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What fixes the order of the stream, as JSON: a step means the same batch only where all of this agrees."""
-        digest = hashlib.blake2b(digest_size=16)
-        for document in self.documents:
-            digest.update(len(document).to_bytes(8, "little"))
-            digest.update(document)
-        return {
-            "documents": digest.hexdigest(),
-            "context": self.context,
-            "global_batch": self.global_batch,
-            "seed": self.seed,
-        }
+        return {**self.windows.identity(), "global_batch": self.global_batch}
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens in a global batch."""
-        return self.global_batch * self.context
+        return self.global_batch * self.windows.context
 
     @property
     def steps_per_epoch(self) -> float:
         """Global batches in one pass over the text."""
-        return self._windows.per_epoch / self.global_batch
+        return self.windows.per_epoch / self.global_batch
 
     def iterator(self, start_step: int = 0) -> BatchIterator:
         """This process's batches [global_batch / process_count, context] from `start_step` on, without end."""
@@ -88,7 +70,7 @@ class BatchIterator(Iterator[Batch]):
     def __init__(self, data: TrainData, start_step: int = 0) -> None:
         import grain  # takes as long to import as half of jax, and `--help` does not need it
 
-        rows = _ProcessRows(data._windows, data.global_batch, data.process_index, data.process_count)
+        rows = _ProcessRows(data.windows, data.global_batch, data.process_index, data.process_count)
         dataset = grain.MapDataset.source(rows).batch(rows.per_step)
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
         self._identity = data.identity
@@ -134,7 +116,7 @@ class BatchIterator(Iterator[Batch]):
 class _ProcessRows:
     """The windows that one process reads, in order: its rows of batch 0, then its rows of batch 1, ..."""
 
-    def __init__(self, windows: PackedWindows, global_batch: int, process_index: int, process_count: int) -> None:
+    def __init__(self, windows: Windows, global_batch: int, process_index: int, process_count: int) -> None:
         self.per_step = rows_per_process(global_batch, process_count)
         self._windows = windows
         self._global_batch = global_batch
@@ -146,3 +128,43 @@ class _ProcessRows:
     def __getitem__(self, index: int) -> Batch:
         step, row = divmod(int(index), self.per_step)
         return self._windows[step * self._global_batch + self._first + row]
+
+
+class MixedWindows:
+    """Windows of several sources, drawn so that each makes up its share of the tokens at every moment of the run.
+
+    The n-th window of a source comes as its share falls due, in an order fixed by the weights (grain's mixing), so a
+    mixture too is a function of the index.
+
+    Args:
+      parts: at least one, all of one context.
+      weights: positive, one for each part; they need not add up to 1.
+    """
+
+    def __init__(self, parts: Sequence[Windows], weights: Sequence[float]) -> None:
+        import grain
+
+        self.context = parts[0].context
+        total = sum(weights)
+        self._shares = [weight / total for weight in weights]
+        self._parts = parts
+        self._mixed = grain.MapDataset.mix([grain.MapDataset.source(part) for part in parts], self._shares)
+        # As long as the first source to come round needs.
+        self.per_epoch = min(int(part.per_epoch / share) for part, share in zip(parts, self._shares, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._mixed)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._mixed[int(index)]
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "sources": [part.identity() for part in self._parts],
+            "shares": [round(share, 12) for share in self._shares],
+        }
+
+
+def rows_of(batch: Batch) -> Sequence[Batch]:
+    """The windows of a batch [count, context], as `eval_batches` reads them."""
+    return [{name: array[row] for name, array in batch.items()} for row in range(len(np.asarray(batch["tokens"])))]

@@ -1,0 +1,70 @@
+"""What a run writes down of itself as it goes: `metrics.jsonl`, and the same rows as TensorBoard events.
+
+Only one process writes; on the others everything here does nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from train import distributed
+from train.errors import user_errors
+from train.metrics import MetricsLog
+
+
+class Records:
+    """Rows of metrics, to every place that wants them.
+
+    Args:
+      workdir: of the run.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self._log: MetricsLog | None = None
+        self._events: Any = None
+        self._folder = workdir / "events"
+        if distributed.is_main():
+            with user_errors("metrics"):
+                self._log = MetricsLog(workdir / "metrics.jsonl")
+
+    def truncate(self, *, after: int) -> None:
+        """Forget the steps beyond `after`, which are taken again."""
+        if self._log is not None:
+            self._log.truncate(after=after)
+            self._close_events()
+            self._open_events(after + 1)
+
+    def write(self, *, step: int, seconds: float, **values: Any) -> None:
+        """One row; see `MetricsLog.write`."""
+        if self._log is None:
+            return
+        self._log.write(step=step, seconds=seconds, **values)
+        if self._events is None:
+            self._open_events(None)
+        for name, value in values.items():
+            if value is not None:
+                self._events.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """On disk, before a checkpoint says that these rows exist."""
+        if self._log is not None:
+            self._log.sync()
+
+    def _open_events(self, purge_step: int | None) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._events = SummaryWriter(str(self._folder), purge_step=purge_step, write_to_disk=True)
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._close_events()
