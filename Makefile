@@ -7,7 +7,7 @@ EXTRAS ?= train,test
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train test test-oldest lint bench clean
+.PHONY: help setup train test test-oldest lab lint bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -35,8 +35,14 @@ train: setup ## train the byte-level language model of Python's own documentatio
 
 test: setup lint ## all checks and tests
 	@start=$$SECONDS; echo "Running the tests"; \
-	$(RUN) -m pytest -n auto --dist worksteal; status=$$?; \
+	$(RUN) -m pytest --ignore tests/lab -n auto --dist worksteal; status=$$?; \
 	echo "Tests took $$((SECONDS - start)) s"; exit $$status
+
+lab: ## compile for TPU pods and H100 with neither present
+	@$(MAKE) --no-print-directory setup VENV=.venv-lab EXTRAS=test,lab
+	@start=$$SECONDS; echo "Compiling for chips that are not here"; \
+	JAX_PLATFORMS=cpu .venv-lab/bin/python -m pytest tests/lab; status=$$?; \
+	echo "The lab took $$((SECONDS - start)) s"; exit $$status
 
 lint: setup ## format, lint and type checks
 	@echo "Checking format, lint and types"
@@ -51,4 +57,4 @@ bench: setup ## run every benchmark; tables go to benchmarks/results/
 	@$(RUN) -m benchmarks
 
 clean: ## remove environments and caches (not runs/)
-	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-lab build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

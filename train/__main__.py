@@ -142,7 +142,9 @@ def _sample(arguments: list[str]) -> None:
     options = parse_arguments(_SampleOptions, arguments, "sample WORKDIR")
     config, program, state = load(workdir)
     if config.data.recall.task is not None:
-        raise UserError(f"{workdir}: was trained on {config.data.recall.task}, which is no text; eval gives its accuracy")
+        raise UserError(
+            f"{workdir}: was trained on {config.data.recall.task}, which is no text; eval gives its accuracy"
+        )
     tokenizer = load_tokenizer(config.data.tokenizer, workdir, None, config.model.vocab_size)
     sample = SampleConfig(
         (options.prompt,), options.tokens, options.temperature, options.top_p, options.top_k, options.min_p

@@ -178,11 +178,15 @@ class RunConfig:
         if data.batch % max(data.accumulate, 1):
             raise UserError(f"data.batch: {data.batch} sequences do not divide by data.accumulate = {data.accumulate}")
         if self.optimizer.ema is not None and not 0 < self.optimizer.ema < 1:
-            raise UserError(f"optimizer.ema: expected a decay in (0, 1), got {self.optimizer.ema}; None switches it off")
+            raise UserError(
+                f"optimizer.ema: expected a decay in (0, 1), got {self.optimizer.ema}; None switches it off"
+            )
         if self.guard.spike_z is not None and not self.guard.spike_z > 0:
             raise UserError(f"guard.spike_z: expected a positive number, got {self.guard.spike_z}")
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise UserError(f"profile_steps: expected first and last step, 1 <= first <= last, got {self.profile_steps}")
+            raise UserError(
+                f"profile_steps: expected first and last step, 1 <= first <= last, got {self.profile_steps}"
+            )
         if (schedule.steps is None) == (schedule.seconds is None):
             raise UserError(
                 f"schedule: give one of steps and seconds, got {schedule.steps} and {schedule.seconds}; None is neither"

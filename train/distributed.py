@@ -3,7 +3,7 @@
 The processes agree in three ways, and none can wait for ever on one that is gone:
 
   start       `initialise`: SLURM, GKE and Cloud TPU are found from their environment, anything else by flags
-  decisions   `decide`: process 0 does what only one may do (read a folder, remove a file), all get its result or its error
+  decisions   `decide`: process 0 does what only one may do (read a folder, remove a file); all get what came of it
   the end     JAX's heartbeat: a process that is silent for `HEARTBEAT` seconds ends the others, with a message
 """
 
@@ -112,7 +112,7 @@ def initialise(processes: Processes, *, timeout: int = 300) -> None:
         where = processes.coordinator or "the environment's coordinator"
         raise UserError(
             f"the processes of the run did not find each other through {where} ({type(error).__name__}: {reason}); "
-            f"start all of them within {timeout} s, or name the cluster with --coordinator, --num-processes, --process-id"
+            f"start all of them within {timeout} s, or name them by --coordinator, --num-processes and --process-id"
         ) from error
 
 
@@ -168,8 +168,8 @@ def together() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300]
         _end(
-            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on without the others ({reason}); "
-            "start all of them again with the same command, and the run goes on from its last checkpoint",
+            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on without the others "
+            f"({reason}); start all of them again with the same command, and the run goes on from its last checkpoint",
             3,
         )
 

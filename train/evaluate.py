@@ -30,8 +30,8 @@ def score(program: Program, weights: Any, evaluated: EvalSet, batch: int) -> dic
       weights: of the model.
 
     Returns:
-      "bits_per_byte", the cross-entropy of all tokens over the bytes of their text (over the tokens, where they stand for
-      no text); for a recall task also "accuracy", the share of answers that are the likeliest token.
+      "bits_per_byte", the cross-entropy of all tokens over the bytes of their text (over the tokens, where they stand
+      for no text); for a recall task also "accuracy", the share of answers that are the likeliest token.
     """
     batches = eval_batches(
         evaluated.windows, batch, process_index=jax.process_index(), process_count=jax.process_count()

@@ -51,7 +51,9 @@ def write_safetensors(weights: Any, path: Path, metadata: Mapping[str, str], dty
         os.replace(draft, path)
     except (OSError, safetensors.SafetensorError) as error:
         draft.unlink(missing_ok=True)
-        raise UserError(f"{path}: the weights cannot be written ({error}); free some space or choose another --output") from error
+        raise UserError(
+            f"{path}: the weights cannot be written ({error}); free some space or choose another --output"
+        ) from error
 
 
 def read_safetensors(path: Path, like: Any) -> Any:

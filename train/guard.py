@@ -2,8 +2,8 @@
 
     z = (loss - mean) / deviation  over the last W finite losses;  a spike is z > limit, once W losses are known
 
-The step itself skips an update that is not finite. Several in a row stop the run. After a spike the run goes back to its
-last checkpoint and leaves out the batches since then (Chowdhery et al. 2022, section 5.1). The losses are a part of the
+The step itself skips an update that is not finite. Several in a row stop the run. After a spike the run goes back to
+its last checkpoint and leaves out the batches since then (Chowdhery et al. 2022, section 5.1). The losses are a part of the
 checkpoint, so that a run that was interrupted sees the same spikes.
 """
 
@@ -32,7 +32,7 @@ class Guard:
         self._nonfinite = 0
 
     def judge(self, loss: float, grad_norm: float) -> Verdict:
-        """"broken" once `max_nonfinite` steps in a row were not finite, "spike" by the rule above, else "fine"."""
+        """ "broken" once `max_nonfinite` steps in a row were not finite, "spike" by the rule above, else "fine"."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._nonfinite += 1
             return "broken" if self._nonfinite >= self._config.max_nonfinite else "fine"

@@ -50,7 +50,9 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
     """
     started = time.monotonic() if started is None else started
     if config.schedule.seconds is not None and jax.process_count() > 1:
-        raise UserError("schedule.seconds: each host has its own clock, so a run on many counts steps; give schedule.steps")
+        raise UserError(
+            "schedule.seconds: each host has its own clock, so a run on many counts steps; give schedule.steps"
+        )
     distributed.decide("same run", lambda: check_same_run(config, workdir))
     summary = distributed.decide("finished", lambda: finished(workdir))
     if summary is not None:
@@ -58,10 +60,10 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
             f"{workdir}: this run is finished; its report is {workdir / 'report.html'}. Another --workdir starts anew."
         )
         return summary
-    program = make_program(resolve_precision(config), make_mesh(config.mesh))
     with ExitStack() as stack:
         distributed.decide("folder", lambda: _claim(stack, workdir))
         loaded = _load_data(config, workdir)
+        program = make_program(resolve_precision(config), make_mesh(config.mesh))
         data = TrainData(loaded.windows, config.data.batch, jax.process_index(), jax.process_count())
         distributed.decide("configuration", lambda: _describe(config, workdir))
         schedule = config.schedule
@@ -73,9 +75,7 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
         records = stack.enter_context(Records(workdir))
         batches = stack.enter_context(data.iterator())
         stop = stack.enter_context(stop_signals())
-        trainer = Trainer(
-            config, workdir, program, data, loaded.evaluation, clock, records, progress, checkpoints
-        )
+        trainer = Trainer(config, workdir, program, data, loaded, clock, records, progress, checkpoints)
         latest = checkpoints.latest()
         checkpoints.clean()
         if latest is None:
@@ -125,14 +125,20 @@ def _console() -> Console:
 
 
 def _finish(
-    config: RunConfig, workdir: Path, loaded: RunData, model: Any, state: TrainState, trainer: Trainer, progress: Progress
+    config: RunConfig,
+    workdir: Path,
+    loaded: RunData,
+    model: Any,
+    state: TrainState,
+    trainer: Trainer,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Weights, sample text, summary and report."""
     step = int(state.step)
     metadata = {"config": json.dumps(json.loads((workdir / "config.json").read_text())), "step": str(step)}
     write_safetensors(state.weights, workdir / "model.safetensors", metadata)
     scores = trainer.scores
-    summary = {
+    summary: dict[str, Any] = {
         "val_bits_per_byte": or_none(scores.validation),
         "evaluation": scores.sets,
         "best": {"step": scores.best_step, "val_bits_per_byte": scores.best},
@@ -146,7 +152,7 @@ def _finish(
     if not distributed.is_main():
         return summary
     samples = []
-    # Sampling is a program of one process; a model spread over many is sampled afterwards, with `python -m train sample`.
+    # Sampling is a program of one process; a model spread over many is sampled afterwards: `python -m train sample`.
     if loaded.tokenizer is not None and jax.process_count() == 1:
         progress.say("writing sample text")
         samples = [

@@ -166,7 +166,7 @@ class Progress:
     def _write(self, text: str) -> None:
         if self._live is not None:
             self.console.print(Text(text))
-        else:  # not through rich, which would fold the line at 80 columns
+        elif not self.console.quiet:  # not through rich, which would fold the line at 80 columns
             print(text, file=self.console.file, flush=True)
 
     def _printable(self, text: str) -> str:

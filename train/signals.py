@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,9 +29,10 @@ def stop_signals() -> Iterator[Stop]:
         signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    dumps = hasattr(signal, "SIGUSR1")
+    # Not `sys.stderr`, which in a notebook is no file.
+    dumps = hasattr(signal, "SIGUSR1") and sys.__stderr__ is not None
     if dumps:
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     try:
         yield stop
     finally:

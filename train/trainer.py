@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from train import distributed
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.data.load import HELD_OUT, EvalSet
+from train.data.load import HELD_OUT, RunData
 from train.data.packing import Batch
 from train.data.pipeline import BatchIterator, TrainData
 from train.errors import UserError
@@ -43,16 +42,16 @@ class _Pending(NamedTuple):
     step: int
     rate: float
     batch: Batch
-    index: int
+    batch_index: int
     metrics: dict[str, jax.Array]
 
 
 class _Spike(Exception):
     """The loss of a step that the run has to go back before."""
 
-    def __init__(self, step: int, index: int, loss: float, batch: Batch) -> None:
+    def __init__(self, step: int, batch_index: int, loss: float, batch: Batch) -> None:
         super().__init__(step)
-        self.step, self.index, self.loss, self.batch = step, index, loss, batch
+        self.step, self.batch_index, self.loss, self.batch = step, batch_index, loss, batch
 
 
 class Speed:
@@ -110,13 +109,13 @@ class Trainer:
         workdir: Path,
         program: Program,
         data: TrainData,
-        evaluation: Mapping[str, EvalSet],
+        loaded: RunData,
         clock: Clock,
         records: Records,
         progress: Progress,
         checkpoints: Checkpoints,
     ):
-        self.config, self.workdir, self.program, self.data, self.evaluation = config, workdir, program, data, evaluation
+        self.config, self.workdir, self.program, self.data, self.loaded = config, workdir, program, data, loaded
         self.clock, self.records, self.progress, self.checkpoints = clock, records, progress, checkpoints
         self.scores = Scores()
         self.speed = Speed(data.tokens_per_step)
@@ -219,7 +218,7 @@ class Trainer:
         self._request = max(self._request, int(values["request"]))
         verdict = self._guard.judge(values["loss"], values["grad_norm"])
         if verdict == "spike":
-            raise _Spike(done.step, done.index, values["loss"], done.batch)
+            raise _Spike(done.step, done.batch_index, values["loss"], done.batch)
         if verdict == "broken":
             raise UserError(
                 f"the last {self.config.guard.max_nonfinite} updates were not finite (at step {done.step} the loss was "
@@ -232,7 +231,7 @@ class Trainer:
         self.speed.begin(done.step)
         shown = {
             "loss": values["loss"],
-            "bits_per_byte": values["loss"] / math.log(2),
+            "bits_per_byte": self._bits_per_byte(values["loss"]),
             "tokens_per_second": self.speed.latest,
             "mfu": self._mfu(),
         }
@@ -245,13 +244,17 @@ class Trainer:
             step=done.step,
             seconds=self.clock.seconds,
             loss=values["loss"],
-            bits_per_byte=values["loss"] / math.log(2),
+            bits_per_byte=self._bits_per_byte(values["loss"]),
             tokens_per_second=self.speed.latest,
             mfu=self._mfu(),
             learning_rate=done.rate * self.config.optimizer.learning_rate,
             grad_norm=values["grad_norm"],
             skipped=int(values["skipped"]),
         )
+
+    def _bits_per_byte(self, loss: float) -> float:
+        """Of the training text, from nats per token."""
+        return loss / math.log(2) * self.loaded.tokens_per_byte
 
     def _mfu(self) -> float | None:
         if self._peak is None or self.speed.latest is None:
@@ -264,7 +267,7 @@ class Trainer:
             return False
         self.speed.read(step)
         rows = self.config.data.batch // self.config.data.accumulate
-        sets = {name: score(self.program, state.weights, one, rows) for name, one in self.evaluation.items()}
+        sets = {name: score(self.program, state.weights, one, rows) for name, one in self.loaded.evaluation.items()}
         value = sets[HELD_OUT]["bits_per_byte"]
         better = self.scores.best is None or value < self.scores.best
         best_step, best = (step, value) if better else (self.scores.best_step, self.scores.best)
@@ -304,13 +307,13 @@ class Trainer:
             )
         state = self.restore(step)
         before = step + self._skipped_batches
-        self._skipped_batches += spike.index + 1 - before
+        self._skipped_batches += spike.batch_index + 1 - before
         self.seek(batches, step)
         self.speed.pause()
         self.records.write(step=step, seconds=self.clock.seconds, spike_step=spike.step, spike_loss=spike.loss)
         self.progress.say(
             f"the loss spiked to {spike.loss:.3f} at step {spike.step}: back to step {step}, without batches "
-            f"{before} to {spike.index}"
+            f"{before} to {spike.batch_index}"
         )
         return state
 
@@ -318,7 +321,7 @@ class Trainer:
         """Write a batch beside the run, and say where."""
         suffix = "" if jax.process_count() == 1 else f"_process_{jax.process_index()}"
         path = self.workdir / f"bad_batch_step_{done.step:08d}{suffix}.npz"
-        np.savez(path, **done.batch)
+        np.savez(path, **done.batch)  # type: ignore[arg-type]  # the stub takes the names for its options
         return f"the batch is kept in {path}"
 
 
@@ -347,4 +350,3 @@ class _Profiler:
     def __exit__(self, *_: object) -> None:
         if self._running:
             self._end()
-

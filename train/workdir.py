@@ -1,9 +1,9 @@
 """A run's folder: what it holds, which run it belongs to, and how a run is read back from it.
 
-    config.json  environment.json  tokenizer.json   what the run is
-    checkpoints/  clock.jsonl  lock                 where it is
-    metrics.jsonl  events/  profile/                what it measured
-    samples.json  summary.json  report.html  model.safetensors   what came of it
+config.json  environment.json  tokenizer.json   what the run is
+checkpoints/  clock.jsonl  lock                 where it is
+metrics.jsonl  events/  profile/                what it measured
+samples.json  summary.json  report.html  model.safetensors   what came of it
 """
 
 from __future__ import annotations

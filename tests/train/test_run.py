@@ -3,94 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from train import loop
+from tests.train.runs import STEPS, TINY, assert_same_bits, finish, rows, sealed, start, wait_for
+from train import loop, trainer
 from train.__main__ import main
-from train.checkpoint import HEADER, Checkpoints
 from train.config import load_recipe, parse_overrides
-
-ROOT = Path(__file__).parent.parent.parent
-TINY = (
-    "--model.width 16 --model.num-layers 2 --model.num-heads 2 --model.mlp-width 24 "
-    "--model.mixer-options.sliding-window.window 8 --data.context 32 --data.batch 8 --sample.tokens 12 "
-    "--log-every 5 --save-every-seconds 0"
-)
-STEPS = "--schedule.seconds None --schedule.steps 32 --eval-every 15"
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "train", *(part for word in words for part in word.split())]
-
-
-def environment() -> dict[str, str]:
-    """One device; quick compilation as in all tests."""
-    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
-
-
-def start(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*words), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def finish(*words: str) -> str:
-    process = start(*words)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def wait_for(condition, process, seconds=200.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def sealed(workdir: Path) -> list[Path]:
-    return sorted((workdir / "checkpoints").glob("step_*/MANIFEST.json"))
-
-
-def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint by path, whatever the code that would train on."""
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.latest()
-        assert step is not None
-        header = json.loads((workdir / "checkpoints" / f"step_{step:08d}" / HEADER).read_text())
-        like = {}
-        for path, described in header["arrays"].items():
-            dtype, sizes = re.fullmatch(r"(\w+)\[(.*)\]", described).groups()
-            like[path] = jax.ShapeDtypeStruct([int(size) for size in sizes.split(",") if size], dtype)
-        return {path: np.asarray(array) for path, array in checkpoints.restore(step, like)[0].items()}
-
-
-def rows(workdir: Path) -> list[dict[str, float]]:
-    """The metrics without those that a clock made."""
-    timed = ("seconds", "tokens_per_second", "mfu")
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in row.items() if name not in timed} for row in lines]
-
-
-def assert_same_bits(one: Path, two: Path) -> None:
-    a, b = final_arrays(one), final_arrays(two)
-    assert a.keys() == b.keys()
-    assert len(a) > 20
-    for path in a:
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +21,7 @@ def whole(tmp_path_factory) -> Path:
     """A run of 32 steps that nothing interrupted, validated on the way."""
     workdir = tmp_path_factory.mktemp("run") / "whole"
     output = finish("run pydoc_lm", TINY, STEPS, f"--workdir {workdir}")
-    assert "bits per byte on held-out text after 32 steps" in output
+    assert "bits per byte on held-out data after 32 steps" in output
     return workdir
 
 
@@ -184,7 +107,7 @@ def test_an_error_in_a_step_ends_the_threads_and_leaves_a_run_that_goes_on(tmp_p
         return 1.0
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "factor", fails)
+        patched.setattr(trainer, "factor", fails)
         with pytest.raises(RuntimeError, match="no such luck"):
             loop.run(config, tmp_path)
     left = [thread.name for thread in set(threading.enumerate()) - before if not thread.daemon]
@@ -220,10 +143,12 @@ def test_sample_and_eval_read_the_run(whole, tmp_path, capsys):
     assert main(["eval", str(whole)]) == 0
     result = json.loads(capsys.readouterr().out)
     summary = json.loads((whole / "summary.json").read_text())
-    assert result["bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], rel=1e-4)
+    assert result["held_out"]["bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], rel=1e-4)
     (tmp_path / "own.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     assert main(["eval", str(whole), "--data", str(tmp_path / "own.txt")]) == 0
-    assert json.loads(capsys.readouterr().out)["documents"] == 1
+    scored = json.loads(capsys.readouterr().out)
+    assert scored.keys() == {"step", "data"}
+    assert 1 < scored["data"]["bits_per_byte"] < 9
 
 
 def test_doctor_shows_versions_and_every_op(capsys):
@@ -267,7 +192,10 @@ def files(tmp_path):
         ("run pydoc_lm --model.mixer-options.sliding-window.window 0", "window: expected at least 1, got 0"),
         ("run pydoc_lm --model.num-heads 3", "a width of 128 does not divide by 3 heads"),
         ("run pydoc_lm --workdir", "--workdir: expected a folder after it"),
-        ("runn pydoc_lm", "no verb is called 'runn'; there are run, sample, eval, doctor"),
+        (
+            "runn pydoc_lm",
+            "no verb is called 'runn'; there are run, compile, compare, sample, eval, export, inspect, doctor",
+        ),
         ("sample {files}/none", "holds no run (no config.json)"),
         ("sample --tokens 3", "sample: expected the folder of a run first"),
         ("eval {files} --date x", "Unrecognized options: --date"),

@@ -45,12 +45,14 @@ class RunData:
       windows: to train on.
       evaluation: sets by name, `HELD_OUT` first.
       tokenizer: between text and ids; `None` for a synthetic task.
+      tokens_per_byte: of the training text; 1 for a synthetic task.
       training, held_out: the documents, for compressors to be measured on; empty for a synthetic task.
     """
 
     windows: Windows
     evaluation: Mapping[str, EvalSet]
     tokenizer: Tokenizer | None
+    tokens_per_byte: float = 1.0
     training: Sequence[Document] = ()
     held_out: Sequence[Document] = ()
 
@@ -81,13 +83,15 @@ def load_data(config: RunConfig, workdir: Path) -> RunData:
     training = tuple(document for side, _ in sides for document in side)
     held_out_documents = tuple(document for _, side in sides for document in side)
     tokenizer = load_tokenizer(data.tokenizer, workdir, training, vocabulary)
-    parts = [PackedWindows(tokenizer.encode_batch(side), data.context, config.seed) for side, _ in sides]
+    encoded = [tokenizer.encode_batch(side) for side, _ in sides]
+    ratio = sum(len(tokens) for side in encoded for tokens in side) / sum(map(len, training))
+    parts = [PackedWindows(side, data.context, config.seed) for side in encoded]
     windows: Windows = MixedWindows(parts, data.weights) if data.weights else parts[0]
     evaluation = {HELD_OUT: text_set(held_out_documents, tokenizer, data.context, "data.holdout")}
     for name, source in eval_sources(data):
         texts = read_documents(source, data.field)
         evaluation[name] = text_set(texts, tokenizer, data.context, f"data.eval_sets: {name}")
-    return RunData(windows, evaluation, tokenizer, training, held_out_documents)
+    return RunData(windows, evaluation, tokenizer, ratio, training, held_out_documents)
 
 
 def text_set(documents: Sequence[Document], tokenizer: Tokenizer, context: int, where: str) -> EvalSet:

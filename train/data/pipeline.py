@@ -1,7 +1,8 @@
 """Batches as a function of (seed, step), read ahead by threads.
 
-Global batch s is windows s*B .. s*B + B - 1 of a sequence of windows, and process p of P reads the p-th contiguous B/P of its
-rows. So the global batch is the same on any number of processes, and the whole state of the stream is the next step.
+Global batch s is windows s*B .. s*B + B - 1 of a sequence of windows, and process p of P reads the p-th contiguous B/P
+of its rows. So the global batch is the same on any number of processes, and the whole state of the stream is the next
+step.
 """
 
 from __future__ import annotations

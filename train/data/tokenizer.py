@@ -1,7 +1,7 @@
 """Text to token ids and back: bytes, or byte-level BPE of the `tokenizers` library.
 
-A document comes back as it was, byte for byte: ids stand for pieces of UTF-8, nothing is normalised, and text that looks
-like a special token is text.
+A document comes back as it was, byte for byte: ids stand for pieces of UTF-8, nothing is normalised, and text that
+looks like a special token is text.
 """
 
 from __future__ import annotations

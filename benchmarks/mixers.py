@@ -1,0 +1,56 @@
+"""What do mixers learn in the same number of steps? Text (recipe pydoc_lm) and recall (recipe mqar), over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Result
+from train.compare import compare
+from train.config import RunConfig, ScheduleConfig
+from train.recipes import mqar, pydoc_lm
+
+MIXERS = ("softmax", "sliding_window", "lightning", "lightning+sliding_window")
+SEEDS = 3
+TEXT_STEPS = 250
+
+
+def run() -> Result:
+    text = dataclasses.replace(pydoc_lm.config(), schedule=ScheduleConfig(steps=TEXT_STEPS))
+    with tempfile.TemporaryDirectory() as folder:
+        on_text = _compare("pydoc_lm", text, Path(folder))
+        on_recall = _compare("mqar", mqar.config(), Path(folder))
+    bits = {mixer: figures["bits_per_byte"]["mean"] for mixer, figures in on_text["mixers"].items()}
+    accuracy = {mixer: figures["accuracy"]["mean"] for mixer, figures in on_recall["mixers"].items()}
+    return Result(
+        f"{SEEDS} seeds each, held-out figures; pydoc_lm for {TEXT_STEPS} steps, mqar as it is",
+        [_row(result, mixer) for result in (on_text, on_recall) for mixer in MIXERS],
+        [
+            ("bits per byte of the hybrid over softmax", bits[MIXERS[-1]] / bits["softmax"], 1.02, "at most"),
+            ("accuracy of softmax on mqar", accuracy["softmax"], 0.99, "at least"),
+        ],
+    )
+
+
+def _compare(recipe: str, config: RunConfig, folder: Path) -> dict[str, Any]:
+    result = compare(recipe, config, MIXERS, SEEDS, folder / recipe)
+    if result is None:
+        raise KeyboardInterrupt
+    return result
+
+
+def _row(result: dict[str, Any], mixer: str) -> dict[str, Any]:
+    figures = result["mixers"][mixer]
+    row: dict[str, Any] = {"recipe": result["recipe"], "mixer": mixer, "parameters": round(figures["params"]["mean"])}
+    for title, name in (
+        ("bits per byte", "bits_per_byte"),
+        ("accuracy", "accuracy"),
+        ("tokens/s", "tokens_per_second"),
+    ):
+        of_seeds = figures.get(name)
+        row[title] = of_seeds["mean"] if of_seeds else "-"
+        if name != "tokens_per_second":
+            row[f"{title}, std"] = of_seeds["std"] if of_seeds else "-"
+    return row

@@ -1,0 +1,450 @@
+"""What a run survives: kills at any moment, signals, broken files, full and read-only disks, NaN, spikes, two at once."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.runs import (
+    ROOT,
+    STEPS,
+    TINY,
+    assert_same_bits,
+    command,
+    environment,
+    final_arrays,
+    finish,
+    rows,
+    sealed,
+    start,
+    wait_for,
+)
+from train import loop, trainer
+from train.__main__ import main
+from train.config import load_recipe, parse_overrides
+from train.errors import UserError
+from train.evaluate import place
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> dict[str, str]:
+    """Programs compiled once for all processes of this file."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache) -> Path:
+    """A run of 32 steps that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    finish("run pydoc_lm", TINY, STEPS, f"--workdir {workdir}", **cache)
+    return workdir
+
+
+def tiny(*words: str):
+    """The configuration of such a run, in this process and on its eight devices."""
+    return parse_overrides(load_recipe("pydoc_lm"), " ".join((TINY, STEPS, *words)).split())
+
+
+def test_twenty_kills_at_random_moments_end_with_the_same_bits(whole, tmp_path, cache):
+    words = ("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}")
+    chance = random.Random(20)
+    reached: list[int] = []
+    kills = 0
+    while kills < 20:
+        process = start(*words, **cache)
+        # From the start of the interpreter to well within the steps, in which a save is always under way.
+        deadline = time.monotonic() + chance.uniform(0.0, 1.0) * (2.0 if kills % 4 == 0 else 9.0)
+        if kills % 4 == 3:  # at least every fourth one gets somewhere
+            before = sealed(tmp_path)
+            wait_for(lambda before=before: sealed(tmp_path) != before or time.monotonic() > deadline + 60, process)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), output
+        if process.returncode == 0:
+            break  # it was through
+        kills += 1
+        reached.append(max((int(path.parent.name[5:]) for path in sealed(tmp_path)), default=0))
+    assert reached == sorted(reached)
+    assert reached[-1] > 0
+    finish(*words, **cache)
+    assert_same_bits(tmp_path, whole)
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_kill_while_restoring(whole, tmp_path, cache):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for name in ("summary.json", "report.html"):
+        (tmp_path / name).unlink()
+    shutil.rmtree(sealed(tmp_path)[-1].parent)
+    words = ("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}")
+    # A process that stops within the restore itself, and is killed there.
+    code = (
+        "import os, signal, sys\n"
+        "from train import checkpoint\n"
+        "read = checkpoint._read_arrays\n"
+        "def reads(*arguments):\n"
+        "    arrays = read(*arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint._read_arrays = reads\n"
+        "from train.__main__ import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    before = final_arrays(tmp_path)
+    process = subprocess.run([sys.executable, "-c", code, *command(*words)[3:]], cwd=ROOT, env=environment(**cache))
+    assert process.returncode == -signal.SIGKILL
+    after = final_arrays(tmp_path)
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+    finish(*words, **cache)
+    assert_same_bits(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_zero(number, tmp_path, cache):
+    words = ("run pydoc_lm", TINY, STEPS, "--schedule.steps 100000", f"--workdir {tmp_path}")
+    process = start(*words, **cache)
+    wait_for(lambda: sealed(tmp_path), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    step = int(output.rpartition("at step ")[2].partition(",")[0])
+    assert f"stopped by {number.name} at step {step}, saved" in output
+    assert sealed(tmp_path)[-1].parent.name == f"step_{step:08d}"
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, cache):
+    process = start("run pydoc_lm", TINY, STEPS, "--schedule.steps 100000", f"--workdir {tmp_path}", **cache)
+    wait_for(lambda: sealed(tmp_path), process)
+    # Stopped, the process takes both signals before it can do anything about the first.
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGINT, 0)  # 0 where the run was saved within 50 ms
+    assert time.monotonic() - begin < 5
+
+
+def broken(folder: Path, damage: str, chance: random.Random) -> None:
+    """Break one file of a checkpoint, chosen at random."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    victim = chance.choice(files)
+    data = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        victim.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(data)
+    elif damage == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    else:
+        (folder / "MANIFEST.json").unlink()
+        shutil.rmtree(folder / "state" / "d", ignore_errors=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "half-written"])
+def test_a_broken_checkpoint_is_skipped_and_the_run_comes_to_the_same_bits(damage, whole, tmp_path, cache):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for name in ("summary.json", "report.html"):
+        (tmp_path / name).unlink()
+    newest = sealed(tmp_path)[-1].parent
+    broken(newest, damage, random.Random(damage))
+    output = finish("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}", **cache)
+    assert f"skipped {newest}: " in output
+    goes_on = int(output.partition("goes on from step ")[2].split()[0])
+    assert f"step_{goes_on:08d}" in {path.parent.name for path in sealed(whole)[:-1]}
+    assert_same_bits(tmp_path, whole)
+
+
+def test_nothing_valid_is_an_error_and_no_new_start(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+    for manifest in sealed(tmp_path):
+        manifest.write_text("{}")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
+    assert main(["run", "pydoc_lm", *f"{TINY} {STEPS} --workdir {tmp_path}".split()]) == 2
+    shown = capsys.readouterr().err
+    assert "none of its 3 checkpoints is valid; bring one back from a backup" in shown
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")} == before
+
+
+def test_checkpoints_without_their_configuration_are_no_new_run(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "summary.json").unlink()
+    assert main(["run", "pydoc_lm", *f"{TINY} {STEPS} --workdir {tmp_path}".split()]) == 2
+    assert "has checkpoints and no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model.width 32", "model.width was 16 and is now 32"),
+        ("--model.param-dtype bfloat16", "model.param_dtype was 'float32' and is now 'bfloat16'"),
+        ("--optimizer.name adamw", "optimizer.name was 'muon' and is now 'adamw'"),
+        ("--optimizer.ema 0.9", "optimizer.ema was None and is now 0.9"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(words, message, whole, tmp_path, capsys):
+    assert main(["run", "pydoc_lm", *f"{TINY} {STEPS} {words} --workdir {whole}".split()]) == 2
+    assert message in capsys.readouterr().err
+    # With the record of the configuration bent to agree, the arrays themselves are compared.
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    group, name = message.split()[0].split(".")
+    value = message.rpartition(" ")[2].strip("'")
+    config[group][name] = (
+        float(value) if value[0].isdigit() and name == "ema" else int(value) if value.isdigit() else value
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["run", "pydoc_lm", *f"{TINY} {STEPS} {words} --workdir {tmp_path}".split()]) == 2
+    shown = capsys.readouterr().err
+    assert "does not fit this model and optimiser" in shown
+    if "param-dtype" in words:
+        assert "parameters/embed/embedding/value is float32[256,16], wanted bfloat16[256,16]" in shown
+    if "ema" in words:
+        assert "average/embed/embedding/value is missing" in shown
+
+
+def test_two_runs_in_one_workdir(tmp_path, cache):
+    words = ("run pydoc_lm", TINY, STEPS, "--schedule.steps 100000", f"--workdir {tmp_path}")
+    first = start(*words, **cache)
+    wait_for(lambda: sealed(tmp_path), first)
+    second = start(*words, **cache)
+    output, _ = second.communicate(timeout=100)
+    assert second.returncode == 2
+    assert f"a run is going on there (process {first.pid} on " in output
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    third = start(*words, **cache)  # a dead process holds no lock
+    before = sealed(tmp_path)
+    wait_for(lambda: sealed(tmp_path) != before, third)
+    third.send_signal(signal.SIGTERM)
+    output, _ = third.communicate(timeout=60)
+    assert third.returncode == 0
+    assert "goes on from step" in output
+
+
+def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(tmp_path, cache):
+    """The disk is a quota on what a file may hold: as on a full disk, a write comes back short."""
+    words = ("run pydoc_lm", TINY, STEPS, "--schedule.steps 100000", f"--workdir {tmp_path}")
+    process = start(*words, **cache)
+    wait_for(lambda: len(sealed(tmp_path)) >= 2, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, output
+    assert "could not be written" in output
+    assert "the last sealed checkpoint is step" in output
+    assert "Traceback" not in output
+    step = int(output.rpartition("the last sealed checkpoint is step ")[2].partition(";")[0])
+    assert sealed(tmp_path)[-1].parent.name == f"step_{step:08d}"
+    assert final_arrays(tmp_path)
+
+
+def test_a_folder_that_becomes_read_only(tmp_path, monkeypatch):
+    """Root may write anywhere, so the folder of the checkpoints is replaced by a file, which no one can write into."""
+    done = []
+
+    def places(batch, program):
+        done.append(1)
+        if len(done) == 12:
+            (tmp_path / "checkpoints").rename(tmp_path / "moved")
+            (tmp_path / "checkpoints").write_text("")
+        return place(batch, program)
+
+    monkeypatch.setattr(trainer, "place", places)
+    with pytest.raises(UserError, match=r"could not be written .*; free some space or mend the permissions"):
+        loop.run(tiny(), tmp_path)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "moved").rename(tmp_path / "checkpoints")
+    assert final_arrays(tmp_path)
+
+
+def spoiled(monkeypatch, steps, spoil) -> list[int]:
+    """Spoil the batches of these calls, the first being 1; returns the calls so far."""
+    calls: list[int] = []
+
+    def places(batch, program):
+        if "weights" in batch and batch["tokens"].shape[0] == 8:
+            calls.append(len(calls) + 1)
+            if calls[-1] in steps:
+                batch = spoil(batch)
+        return place(batch, program)
+
+    monkeypatch.setattr(trainer, "place", places)
+    return calls
+
+
+def not_finite(batch):
+    return batch | {"weights": np.full_like(batch["weights"], np.nan)}
+
+
+def noise(batch):
+    return batch | {"targets": np.random.default_rng(0).integers(128, 256, batch["targets"].shape).astype(np.int32)}
+
+
+def test_one_nan_is_skipped_and_counted(tmp_path, monkeypatch):
+    spoiled(monkeypatch, {7, 12}, not_finite)
+    summary = loop.run(tiny("--guard.max-nonfinite 2"), tmp_path)
+    assert summary["skipped"] == 2
+    assert summary["steps"] == 32
+    assert summary["val_bits_per_byte"] < 6
+
+
+def test_repeated_nans_stop_the_run_and_keep_the_batch(tmp_path, monkeypatch):
+    spoiled(monkeypatch, set(range(9, 40)), not_finite)
+    with pytest.raises(
+        UserError, match=r"the last 3 updates were not finite \(at step 11 the loss was nan.*lower"
+    ) as e:
+        loop.run(tiny("--guard.max-nonfinite 3"), tmp_path)
+    kept = tmp_path / "bad_batch_step_00000011.npz"
+    assert str(kept) in str(e.value)
+    batch = np.load(kept)
+    assert batch["tokens"].shape == (8, 32)
+    newest = int(sealed(tmp_path)[-1].parent.name[5:])
+    assert 0 < newest <= 11
+    assert all(np.isfinite(x).all() for x in final_arrays(tmp_path).values() if x.dtype.kind == "f")
+
+
+def test_a_spike_goes_back_and_leaves_the_batches_out(tmp_path, monkeypatch, capsys):
+    calls = spoiled(monkeypatch, {20}, noise)
+    words = "--guard.spike-z 6 --guard.spike-window 8 --log-every 1"
+    summary = loop.run(tiny(words), tmp_path / "spiked")
+    shown = capsys.readouterr().out
+    assert "the loss spiked to" in shown
+    back = int(shown.partition("back to step ")[2].partition(",")[0])
+    assert 10 < back < 20
+    assert summary["steps"] == 32
+    assert len(calls) == 32 + 21 - back  # step 21 was under way when the spike was seen
+    assert "spike_loss" in (tmp_path / "spiked" / "metrics.jsonl").read_text()
+    assert [row["step"] for row in rows(tmp_path / "spiked") if "loss" in row] == list(range(1, 33))
+    # The stream goes on behind the batch that spiked: what a run would see that never had those batches.
+    header = json.loads((sealed(tmp_path / "spiked")[-1].parent / "checkpoint.json").read_text())
+    assert header["extra"]["data"]["step"] == 32 + 20 - back
+
+
+def test_a_spike_that_returns_stops_the_run(tmp_path, monkeypatch):
+    spoiled(monkeypatch, set(range(20, 200)), noise)
+    words = "--guard.spike-z 6 --guard.spike-window 8 --guard.max-rollbacks 2 --save-every-seconds 1000"
+    with pytest.raises(UserError, match=r"after 2 times of going back to step 0; the batch is kept in .*npz"):
+        loop.run(tiny(words), tmp_path)
+
+
+def test_a_data_file_that_changes_or_goes_between_two_starts(tmp_path, cache):
+    source = tmp_path / "text"
+    source.mkdir()
+    chance = random.Random(0)
+    for n in range(12):
+        (source / f"{n}.txt").write_text(" ".join(str(chance.random()) for _ in range(200)))
+    workdir = tmp_path / "run"
+    words = ("run pydoc_lm", TINY, STEPS, f"--data.source {source} --workdir {workdir}")
+    process = start(*words, "--schedule.steps 100000", **cache)
+    wait_for(lambda: sealed(workdir), process)
+    kept = (source / "3.txt").read_text()
+    (source / "3.txt").write_text(kept[: len(kept) // 2])  # while it runs: what was read is in memory
+    before = sealed(workdir)
+    wait_for(lambda: sealed(workdir) != before, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    process = start(*words, "--schedule.steps 100000", **cache)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "the data is not what the checkpoint was trained on (documents was" in output
+    (source / "3.txt").unlink()
+    process = start(*words, "--schedule.steps 100000", **cache)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "the data is not what the checkpoint was trained on" in output
+    shutil.rmtree(source)
+    process = start(*words, "--schedule.steps 100000", **cache)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "no such file or folder" in output
+
+
+def test_a_jump_of_the_wall_clock_changes_nothing(whole, tmp_path, cache):
+    code = (
+        "import sys, time\n"
+        "real, calls = time.time, [0]\n"
+        "def jumps():\n"
+        "    calls[0] += 1\n"
+        "    return real() + (-3e7 if calls[0] % 2 else 3e7)\n"
+        "time.time = jumps\n"
+        "from train.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = command("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}")[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, env=environment(**cache), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tmp_path, whole)
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] < 300
+
+
+@pytest.mark.parametrize("home", ["none", "read-only"])
+def test_no_home_and_a_home_that_cannot_be_written(home, tmp_path, cache):
+    where = environment(**cache)
+    if home == "none":
+        where.pop("HOME", None)
+    else:
+        (tmp_path / "home").write_text("")  # not even root can make a folder in a file
+        where["HOME"] = str(tmp_path / "home")
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"):
+        where.pop(name, None)
+    words = command("run pydoc_lm", TINY, STEPS, f"--schedule.steps 3 --workdir {tmp_path / 'run'}")
+    done = subprocess.run(words, cwd=ROOT, env=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_terminal_of_40_columns(tmp_path, cache):
+    parent, child = pty.openpty()
+
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    where = environment(**cache) | {"TERM": "xterm"}
+    where.pop("COLUMNS", None)
+    words = command("run pydoc_lm", TINY, STEPS, f"--schedule.steps 6 --workdir {tmp_path / 'run'}")
+    process = subprocess.Popen(words, cwd=ROOT, env=where, stdout=child, stderr=subprocess.STDOUT, close_fds=True)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(parent, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(parent)
+    assert process.wait() == 0, shown
+    text = shown.decode()
+    assert "bits/byte" in text
+    bars = [line for line in text.replace("\r", "\n").split("\n") if "━" in line]
+    assert bars
+
+    plain = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in bars]
+    assert max(map(len, plain)) <= 40

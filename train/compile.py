@@ -1,0 +1,466 @@
+"""`python -m train compile RECIPE --topology v5p:8x8x8`: does a configuration fit a pod, before a dollar is spent?
+
+The training step itself is compiled for chips that are not present, and the compiler says what every device holds:
+
+    total = arguments + outputs - aliased + temporaries   against   the memory of a device
+
+Arguments are the training state and the batch; the state is donated, so new weights take the place (alias) of the old.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+    from train.config import RunConfig
+    from train.hlo import Traffic
+
+USAGE = """\
+usage: python -m train compile RECIPE --topology NAME [--json FILE] [overrides]
+
+  --topology NAME   v5e:2x4, v5p:8x8x8, v6e:16x16, v4:4x4x4, tpu7x:2x2x1 and so on; v5e-8 and v6e-256 by chips; h100:8
+  --json FILE       also write the figures there
+
+Exit code 0 if the run fits, 1 if it does not, 2 for a mistake. Overrides: python -m train run RECIPE --help
+Recipes: {recipes}"""
+
+GIB = 1 << 30
+
+# Memory of a device in bytes, by JAX's name of its kind. A TPU7x is two devices of half its 192 GiB.
+MEMORY = {
+    "TPU v4": 32 * GIB,
+    "TPU v5 lite": 16 * GIB,
+    "TPU v5": 95 * GIB,
+    "TPU v6 lite": 32 * GIB,
+    "TPU7x": 96 * GIB,
+    "NVIDIA H100 80GB HBM3": 80 * GIB,
+}
+
+# libtpu looks for the chips and the other hosts of a machine that is none.
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_H100 = """\
+gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
+l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3" """
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling a step told. Bytes and FLOPs are those of one device unless they say otherwise.
+
+    Attributes:
+      memory: bytes by what takes them; empty when the compiler ran out of memory.
+      total: bytes in all, `capacity` of them available.
+      model_flops: of a step on all devices, recomputation not counted.
+      compiler_flops: as the compiler counts them, the body of a loop once.
+      unit_weights: parameters of one unit of layers that are split over devices.
+      unit_gathers: all-gathers that make such a weight whole, inside the scan.
+      stack_gathers: all-gathers that make those of all units at once; 0 is what FSDP wants.
+      changes: overrides that need less memory.
+    """
+
+    recipe: str
+    topology: str
+    device: str
+    devices: int
+    mesh: dict[str, int]
+    parameters: int
+    tokens: int
+    fits: bool
+    total: int
+    capacity: int
+    memory: dict[str, int]
+    model_flops: float
+    compiler_flops: float
+    traffic: list[Traffic]
+    unit_weights: int
+    unit_gathers: int
+    stack_gathers: int
+    seconds: float
+    changes: list[str]
+
+
+def main(arguments: list[str]) -> None:
+    """The verb.
+
+    Raises:
+      UserError: a recipe, topology, option or override that cannot be, or a compiler that is not installed.
+      SystemExit: with code 1 when the run does not fit.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        from train.config import recipes
+
+        print(USAGE.format(recipes=", ".join(recipes())))
+        return
+    recipe, arguments = arguments[0], arguments[1:]
+    topology, arguments = _take(arguments, "--topology")
+    path, arguments = _take(arguments, "--json")
+    if topology is None:
+        raise UserError("compile: expected --topology NAME, as in --topology v5e:2x4")
+    prepare(topology)
+    from train.config import load_recipe, parse_overrides
+
+    report = analyse(recipe, parse_overrides(load_recipe(recipe), arguments), topology)
+    show(report)
+    if path is not None:
+        try:
+            Path(path).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json: {path} cannot be written ({error.strerror}); name another file") from error
+    if not report.fits:
+        raise SystemExit(1)
+
+
+def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{option}="):
+            return argument.removeprefix(f"{option}="), arguments[:index] + arguments[index + 1 :]
+        if argument == option:
+            if index + 1 == len(arguments):
+                raise UserError(f"{option}: expected a value after it")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+    return None, arguments
+
+
+def prepare(topology: str) -> None:
+    """Set what JAX and the compilers read when they load; this process computes on the CPU.
+
+    Raises:
+      UserError: the compiler for `topology` is not installed.
+    """
+    os.environ.update(_TPU_ENVIRONMENT, JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    needed, packages = ["libtpu"], "libtpu"
+    if topology.startswith("h100"):
+        needed = ["jax_cuda13_plugin", "nvidia"]
+        packages = f"--no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} "
+        packages += "nvidia-cuda-nvcc nvidia-nvvm"
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--topology {topology}: its compiler ({missing[0]}) is not installed; pip install {packages}")
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+    """Devices to compile for, as many as the topology has; none of them need be there."""
+    import jax
+    from jax.experimental import topologies
+
+    family, _, size = topology.partition(":")
+    try:
+        if family == "h100":
+            if not re.fullmatch(r"[1-8]|\d+", size) or int(size) < 1 or (int(size) > 8 and int(size) % 8):
+                raise UserError(f"--topology {topology}: expected h100:N with N up to 8 or a multiple of 8")
+            hosts, each = (1, int(size)) if int(size) <= 8 else (int(size) // 8, 8)
+            return topologies.get_topology_desc(
+                platform="cuda", target_config=_H100, topology=f"1x{hosts}x{each}"
+            ).devices
+        by_chips = re.fullmatch(r"(v5e|v6e)-(\d+)", topology)
+        if by_chips and int(by_chips[2]) in _SQUARES:
+            topology = f"{by_chips[1]}:{_SQUARES[int(by_chips[2])]}"
+        # The two cores of a v4 chip work as one device unless a program asks otherwise.
+        options = {"chip_config_name": "megacore"} if family == "v4" else {}
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition(": ")[2].splitlines()[0]
+        raise UserError(
+            f"--topology {topology}: is none that the compiler knows ({reason}); v5e:2x4, v5p:8x8x8 and h100:8 are"
+        ) from None
+
+
+def place(config: RunConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of `config` with neighbours in it neighbours on the chips' torus.
+
+    Raises:
+      UserError: axes whose product is not the number of devices, or that the torus cannot be cut into.
+    """
+    from jax.experimental import mesh_utils
+    from jax.sharding import Mesh
+
+    from train import sharding
+
+    try:
+        mesh = sharding.make_mesh(config.mesh, devices)
+    except UserError as error:
+        raise UserError(f"{error}; {' '.join(_fitting_mesh(config, len(devices)))} does") from None
+    if devices[0].platform != "tpu":
+        return mesh
+    shape = tuple(mesh.shape.values())
+    for split in (False, True):
+        try:
+            grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=split)
+            return Mesh(grid, mesh.axis_names)
+        except (NotImplementedError, ValueError):
+            continue
+    torus = " x ".join(str(1 + max(axis)) for axis in zip(*(device.coords for device in devices), strict=True))
+    raise UserError(
+        f"mesh: {' x '.join(map(str, shape))} cannot be laid on a torus of {torus} chips; every axis must be a product "
+        f"of divisors of these sides"
+    )
+
+
+def _fitting_mesh(config: RunConfig, devices: int) -> list[str]:
+    """Overrides for a mesh near the wanted one that has as many devices as there are."""
+    sizes = {}
+    for axis, wanted in (
+        ("tensor", config.mesh.tensor),
+        ("context", config.mesh.context),
+        ("fsdp", config.data.batch // config.data.accumulate),
+    ):
+        sizes[axis] = math.gcd(max(wanted, 1), devices)
+        devices //= sizes[axis]
+    return [f"--mesh.data {devices}", *(f"--mesh.{axis} {size}" for axis, size in sizes.items())]
+
+
+def analyse(recipe: str, config: RunConfig, topology: str) -> Report:
+    """Compile the training step of `config` for `topology`, without running anything; after `prepare`.
+
+    Raises:
+      UserError: a topology that does not exist, or one that the configuration cannot be divided over.
+    """
+    import jax
+
+    from jattn.models.lm import count_parameters
+    from train import hlo
+    from train.step import make_program, resolve_precision
+
+    devices = topology_devices(topology)
+    config = resolve_precision(config, devices[0].platform)
+    mesh = place(config, devices)
+    program = make_program(config, mesh)
+    start = time.perf_counter()
+    shapes = _step_shapes(config, program, mesh)
+    model = program.model(program.state_shape.parameters)
+    capacity = MEMORY[devices[0].device_kind]
+    memory: dict[str, int] = {}
+    text, compiler_flops = "", 0.0
+    try:
+        compiled = _lower(program.step, shapes, mesh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        total = _ran_out(str(error))
+        if total is None:
+            raise
+    else:
+        stats = compiled.memory_analysis()
+        memory = {
+            "arguments": stats.argument_size_in_bytes,
+            "outputs": stats.output_size_in_bytes,
+            "aliased": stats.alias_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+        }
+        total = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+        text, compiler_flops = compiled.as_text(), float((compiled.cost_analysis() or {}).get("flops", 0.0))
+    seconds = time.perf_counter() - start
+    found = hlo.collectives(text)
+    stacked = list(_stacked(program.state_shape.parameters))
+    of_unit, of_stack = hlo.weight_gathers(found, stacked)
+    fits = bool(memory) and total <= capacity
+    return Report(
+        recipe=recipe,
+        topology=topology,
+        device=devices[0].device_kind,
+        devices=len(devices),
+        mesh=dict(mesh.shape),
+        parameters=count_parameters(model),
+        tokens=config.data.batch * config.data.context,
+        fits=fits,
+        total=total,
+        capacity=capacity,
+        memory=memory,
+        model_flops=3 * model.flops(config.data.batch, config.data.context),
+        compiler_flops=compiler_flops,
+        traffic=hlo.traffic(found),
+        unit_weights=sum(math.prod(split) > 1 for _, split in stacked),
+        unit_gathers=len(of_unit),
+        stack_gathers=len(of_stack),
+        seconds=seconds,
+        changes=[] if fits else list(changes(config, devices, model)),
+    )
+
+
+def _step_shapes(config: RunConfig, program: Any, mesh: Mesh) -> tuple[Any, ...]:
+    """What `program.step` takes, as shapes that say where they live."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    size = (config.data.batch, config.data.context)
+    batch = {
+        name: array(size, jnp.int32, program.batch_sharding)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    batch["weights"] = array(size, jnp.float32, program.batch_sharding)
+    factor = array((), jnp.float32, NamedSharding(mesh, PartitionSpec()))
+    request = array((mesh.size,), jnp.int32, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    return program.state_shape, batch, factor, request
+
+
+def _lower(step: Any, shapes: tuple[Any, ...], mesh: Mesh) -> Any:
+    """`step` lowered for the mesh's platform."""
+    import jax
+
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
+        return step.lower(*shapes)
+    abstract = jax.sharding.AbstractMesh(
+        tuple(mesh.shape.values()),
+        mesh.axis_names,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(mesh.axis_names),
+        abstract_device=jax.sharding.AbstractDevice(device.device_kind, 132, "cuda"),
+    )
+    with jax.sharding.use_abstract_mesh(abstract):
+        return step.trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
+def _ran_out(message: str) -> int | None:
+    """Bytes that the compiler wanted, 0 if it does not say; `None` if its error is another one."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    # Either "Used 22.78G of 15.75G hbm" or "required for HLO temporaries (849.86G) exceeds available HBM".
+    wanted = re.search(r"(?:Used |required for [\w ]+\()([\d.]+)([KMGT])", message)
+    return round(float(wanted[1]) * 1024 ** ("KMGT".index(wanted[2]) + 1)) if wanted else 0
+
+
+def _stacked(parameters: Any) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """Shape of every parameter that is stacked by unit, and over how many devices each of its dimensions is split."""
+    import jax
+
+    from train.sharding import path_name
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        if path_name(path).startswith("units/"):
+            local = leaf.sharding.shard_shape(leaf.shape)
+            yield leaf.shape, [whole // part for whole, part in zip(leaf.shape, local, strict=True)]
+
+
+def changes(config: RunConfig, devices: Sequence[jax.Device], model: Any) -> Iterator[str]:
+    """Overrides that make every device hold less, each of them one that the configuration allows."""
+    mesh, data = dict(place(config, devices).shape), config.data
+    rows = mesh["data"] * mesh["fsdp"]
+    each = data.batch // data.accumulate // rows
+    layers = f"{config.model.num_layers} layers"
+
+    def allowed(**axes: int) -> bool:
+        return _divides(config, devices, model, {**mesh, **axes})
+
+    def flags(**axes: int) -> str:
+        return " ".join(f"--mesh.{axis} {size}" for axis, size in axes.items())
+
+    if config.model.remat == "none":
+        yield f"--model.remat dots   keep only matmul results of {layers} for the backward pass"
+    if config.model.remat != "full":
+        yield f"--model.remat full   keep only the input of each unit of {layers}"
+    if mesh["data"] > 1 and allowed(data=1, fsdp=rows):
+        yield f"{flags(data=1, fsdp=rows)}   weights and optimiser over {rows} devices, not {mesh['fsdp']}"
+    if each % 2 == 0:
+        yield f"--data.accumulate {2 * data.accumulate}   the batch in parts, {each // 2} sequences a device"
+        yield f"--data.batch {data.batch // 2}   half of the sequences"
+    for axis, why in (("context", "tokens of a sequence"), ("tensor", "heads and channels of a layer")):
+        for source in ("data", "fsdp"):
+            moved = {source: mesh[source] // 2, axis: 2 * mesh[axis]}
+            if mesh[source] % 2 == 0 and allowed(**moved):
+                yield f"{flags(**moved)}   {why} over {2 * mesh[axis]} devices"
+                break
+    if data.context % (2 * mesh["context"]) == 0:
+        yield f"--data.context {data.context // 2}   half of the tokens in a sequence"
+
+
+def _divides(config: RunConfig, devices: Sequence[jax.Device], model: Any, sizes: dict[str, int]) -> bool:
+    """Whether the parameters and the batch divide over a mesh of these sizes."""
+    from flax import nnx
+
+    from train import sharding
+    from train.config import MeshConfig
+
+    try:
+        mesh = place(dataclasses.replace(config, mesh=MeshConfig(**sizes)), devices)
+        sharding.check_batch(mesh, config.data.batch // config.data.accumulate, config.data.context)
+        sharding.parameter_shardings(nnx.state(model, nnx.Param), mesh)
+    except UserError:
+        return False
+    return True
+
+
+def show(report: Report) -> None:
+    """The figures as a person reads them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    axes = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1) or "one device"
+    console.print(f"[bold]{report.recipe}[/bold] on {report.topology}: {report.devices} x {report.device} ({axes})")
+    console.print(f"  {report.parameters:,} parameters, {report.tokens:,} tokens a step")
+    flops = f"  {report.model_flops:.3g} FLOPs a step"
+    if report.compiler_flops:
+        flops += f"; a device's share {report.model_flops / report.devices:.3g}, "
+        flops += f"the compiler's count {report.compiler_flops:.3g} (bodies of loops once)"
+    console.print(f"{flops}\n  compiled in {report.seconds:.0f} s\n")
+    if report.memory:
+        table = Table(title="Memory of a device", title_justify="left")
+        for column in (*report.memory, "total"):
+            table.add_column(column, justify="right")
+        table.add_row(*(_size(value) for value in report.memory.values()), _size(report.total))
+        console.print(table)
+    if report.traffic:
+        table = Table(title="Collectives of a step", title_justify="left")
+        table.add_column("kind")
+        for column in ("in loops", "outside", "executed", "bytes a device receives"):
+            table.add_column(column, justify="right")
+        for row in report.traffic:
+            table.add_row(row.kind, f"{row.inside:,}", f"{row.outside:,}", f"{row.times:,}", _size(row.bytes))
+        console.print(table)
+    if report.mesh["fsdp"] > 1 and report.memory:
+        console.print(
+            f"  weights: {report.unit_gathers} all-gathers inside the scan for {report.unit_weights} split weights of "
+            f"a unit, {report.stack_gathers or 'none'} of all units at once"
+        )
+        if report.unit_gathers < report.unit_weights:
+            console.print("  not all weights are gathered: the compiler sends activations in their place")
+    console.print(f"\n{verdict(report)}")
+    for change in report.changes:
+        console.print(f"  {change}")
+
+
+def verdict(report: Report) -> str:
+    """One line: does it fit?"""
+    capacity = f"{report.capacity / GIB:.0f} GiB"
+    if report.fits:
+        line = f"fits, {report.total / report.capacity:.0%} of {capacity}"
+        if report.device.startswith("NVIDIA") and report.total > 0.75 * report.capacity:
+            line += "; JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+        return line
+    needed = f"needs {report.total / GIB:.1f} GiB" if report.total else "needs more memory than"
+    end = "; any of these needs less:" if report.changes else "; choose more devices or a smaller model"
+    return f"does not fit, {needed} {'of' if report.total else 'the'} {capacity} of a device{end}"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
