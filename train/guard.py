@@ -3,8 +3,8 @@
     z = (loss - mean) / deviation  over the last W finite losses;  a spike is z > limit, once W losses are known
 
 The step itself skips an update that is not finite. Several in a row stop the run. After a spike the run goes back to
-its last checkpoint and leaves out the batches since then (Chowdhery et al. 2022, section 5.1). The losses are a part of the
-checkpoint, so that a run that was interrupted sees the same spikes.
+its last checkpoint and leaves out the batches since then (Chowdhery et al. 2022, section 5.1). The losses are a part of
+the checkpoint, so that a run that was interrupted sees the same spikes.
 """
 
 from __future__ import annotations

@@ -117,9 +117,10 @@ def traffic(found: Iterable[Collective]) -> list[Traffic]:
 def weight_gathers(
     found: Iterable[Collective], stacked: Iterable[tuple[tuple[int, ...], Sequence[int]]]
 ) -> tuple[list[Collective], list[Collective]]:
-    """The all-gathers that make whole weights of scanned layers: of one layer inside a loop, of a stack outside.
+    """The all-gathers that make whole weights of scanned layers: of one unit inside a loop, of a stack anywhere.
 
-    The second list is empty where the program never holds all layers' weights at once, as FSDP must not.
+    The second list is empty where the program never holds all layers' weights at once, as FSDP must not. Such a gather
+    may lie in a loop as well: accumulation over parts of a batch puts the scan over layers into one.
 
     Args:
       found: from `collectives`.
@@ -145,7 +146,7 @@ def weight_gathers(
 
     return (
         [gather for gather in gathers if gather.depth and makes(gather, one)],
-        [gather for gather in gathers if not gather.depth and makes(gather, whole) and keeps_units(gather)],
+        [gather for gather in gathers if makes(gather, whole) and keeps_units(gather)],
     )
 
 

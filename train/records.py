@@ -5,6 +5,7 @@ Only one process writes; on the others everything here does nothing.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,19 +43,35 @@ class Records:
         self._log.write(step=step, seconds=seconds, **values)
         if self._events is None:
             self._open_events(None)
-        for name, value in values.items():
-            if value is not None:
-                self._events.add_scalar(name, value, step)
+        self._write_events(step, values)
 
     def sync(self) -> None:
         """On disk, before a checkpoint says that these rows exist."""
         if self._log is not None:
             self._log.sync()
 
-    def _open_events(self, purge_step: int | None) -> None:
-        from tensorboardX import SummaryWriter
+    def _open_events(self, first_step: int | None) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
-        self._events = SummaryWriter(str(self._folder), purge_step=purge_step, write_to_disk=True)
+        # Its writer without the thread around it, which waits by the wall clock and so does not survive a jump of it.
+        self._folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(self._folder / "events"))
+        if first_step is not None:  # what is beyond was written by a process that is gone
+            session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._events.write_event(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=session))
+
+    def _write_events(self, step: int, values: dict[str, Any]) -> None:
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        scalars = [
+            summary_pb2.Summary.Value(tag=name, simple_value=float(value))
+            for name, value in values.items()
+            if value is not None
+        ]
+        summary = summary_pb2.Summary(value=scalars)
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
 
     def _close_events(self) -> None:
         if self._events is not None:

@@ -30,8 +30,8 @@ def stop_signals() -> Iterator[Stop]:
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     # Not `sys.stderr`, which in a notebook is no file.
-    dumps = hasattr(signal, "SIGUSR1") and sys.__stderr__ is not None
-    if dumps:
+    dumps = hasattr(signal, "SIGUSR1")
+    if dumps and sys.__stderr__ is not None:
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     try:
         yield stop

@@ -120,6 +120,7 @@ class Trainer:
         self.scores = Scores()
         self.speed = Speed(data.tokens_per_step)
         self._guard = Guard(config.guard)
+        self._held_out = loaded.identity()
         self._skipped_batches = 0
         self._rollbacks: dict[int, int] = {}
         self._unlogged: tuple[_Pending, dict[str, float]] | None = None
@@ -134,6 +135,11 @@ class Trainer:
     def restore(self, step: int) -> TrainState:
         """The state of a checkpoint, and with it everything here that goes with that step."""
         state, extra = self.checkpoints.restore(step, self.program.state_shape)
+        if extra["held_out"] != self._held_out:
+            raise UserError(
+                "the held-out documents are not those that this run was scored on, so its figures would be no curve; "
+                "restore the data and its options, or start in another folder"
+            )
         self._guard.set_state(extra["guard"])
         self._skipped_batches = extra["skipped_batches"]
         self._unlogged = None
@@ -286,6 +292,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "guard": self._guard.get_state(),
             "skipped_batches": self._skipped_batches,
+            "held_out": self._held_out,
             "scores": dataclasses.asdict(self.scores),
         }
         self.records.sync()

@@ -93,6 +93,9 @@ def test_a_gather_of_a_whole_stack_is_found():
     of_unit, of_stack = hlo.weight_gathers(hlo.collectives(TPU_TEXT), [((6, 32, 64), (1, 4, 1))])
     assert [gather.depth for gather in of_unit] == [1]
     assert [gather.shapes for gather in of_stack] == [((6, 32, 64),)]
+    # In the loop over the parts of an accumulated batch it is one all the same.
+    nested = [dataclasses.replace(gather, depth=1, times=4) for gather in of_stack]
+    assert hlo.weight_gathers(nested, [((6, 32, 64), (1, 4, 1))])[1] == nested
     # Neither size comes from a parameter that is not split.
     assert hlo.weight_gathers(hlo.collectives(TPU_TEXT), [((6, 32, 64), (1, 1, 1))]) == ([], [])
 

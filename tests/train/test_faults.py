@@ -1,4 +1,4 @@
-"""What a run survives: kills at any moment, signals, broken files, full and read-only disks, NaN, spikes, two at once."""
+"""What a run survives: kills at any moment, signals, broken files, full and read-only disks, NaN, spikes, two runs."""
 
 from __future__ import annotations
 
@@ -62,32 +62,33 @@ def tiny(*words: str):
     return parse_overrides(load_recipe("pydoc_lm"), " ".join((TINY, STEPS, *words)).split())
 
 
-def test_twenty_kills_at_random_moments_end_with_the_same_bits(whole, tmp_path, cache):
-    words = ("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}")
+def test_twenty_kills_at_random_moments_end_with_the_same_bits(tmp_path, cache):
+    """From the start of the interpreter to well within the steps, where a save is nearly always under way."""
+    long = "--schedule.seconds None --schedule.steps 400 --eval-every 150 --save-every-seconds 0.3"
+    finish("run pydoc_lm", TINY, long, f"--workdir {tmp_path / 'whole'}", **cache)
+    words = ("run pydoc_lm", TINY, long, f"--workdir {tmp_path / 'killed'}")
     chance = random.Random(20)
     reached: list[int] = []
-    kills = 0
-    while kills < 20:
+    for number in range(20):
         process = start(*words, **cache)
-        # From the start of the interpreter to well within the steps, in which a save is always under way.
-        deadline = time.monotonic() + chance.uniform(0.0, 1.0) * (2.0 if kills % 4 == 0 else 9.0)
-        if kills % 4 == 3:  # at least every fourth one gets somewhere
-            before = sealed(tmp_path)
-            wait_for(lambda before=before: sealed(tmp_path) != before or time.monotonic() > deadline + 60, process)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        begin, before = time.monotonic(), sealed(tmp_path / "killed")
+        # Every fourth gets a little beyond its first save, the others die when they die.
+        while process.poll() is None and time.monotonic() < begin + 100:
+            if number % 4 == 3 and sealed(tmp_path / "killed") != before:
+                time.sleep(chance.uniform(0.0, 0.5))
+                break
+            if number % 4 != 3 and time.monotonic() > begin + chance.uniform(0.0, 7.0):
+                break
+            time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), output
-        if process.returncode == 0:
-            break  # it was through
-        kills += 1
-        reached.append(max((int(path.parent.name[5:]) for path in sealed(tmp_path)), default=0))
+        assert process.returncode == -signal.SIGKILL, output
+        reached.append(max((int(path.parent.name[5:]) for path in sealed(tmp_path / "killed")), default=0))
     assert reached == sorted(reached)
-    assert reached[-1] > 0
+    assert 0 < reached[-1] < 400
     finish(*words, **cache)
-    assert_same_bits(tmp_path, whole)
-    assert rows(tmp_path) == rows(whole)
+    assert_same_bits(tmp_path / "killed", tmp_path / "whole")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
 def test_kill_while_restoring(whole, tmp_path, cache):

@@ -9,6 +9,7 @@ The held-out part is the set "held_out"; `data.eval_sets` adds others by name, s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,6 +56,14 @@ class RunData:
     tokens_per_byte: float = 1.0
     training: Sequence[Document] = ()
     held_out: Sequence[Document] = ()
+
+    def identity(self) -> str:
+        """What a run is scored on: figures of different texts must not be one curve."""
+        digest = hashlib.blake2b(digest_size=16)
+        for document in self.held_out:
+            digest.update(len(document).to_bytes(8, "little"))
+            digest.update(document)
+        return digest.hexdigest()
 
     @property
     def described(self) -> str:
