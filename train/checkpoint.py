@@ -31,6 +31,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Mapping
@@ -50,6 +51,7 @@ HEADER = "checkpoint.json"
 ARRAYS = "state"
 PREFIX = "step_"
 CHUNK = 4 * 2**20
+ORBAX_PATIENCE = 7 * 86400
 CHECKSUM_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -260,6 +262,7 @@ class Checkpoints:
         _remove(folder)
 
     def _failed(self, step: int, error: Exception) -> UserError:
+        _drop_late_reports()
         reason = " ".join(str(error).split())[:300]
         last = max((s for s in self._steps() if self._is_sealed(s)), default=None)
         kept = "no checkpoint was sealed before" if last is None else f"the last sealed checkpoint is step {last}"
@@ -285,10 +288,14 @@ class Checkpoints:
         if self._writer is None:
             import orbax.checkpoint as ocp
 
-            # Everything it would report reaches the user as an exception; its log repeats that with a traceback.
-            logging.getLogger("absl").setLevel(logging.CRITICAL)
-            # Floats barely compress (8 % here), at twice the processor time.
-            self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+            # Everything they would report reaches the user as an exception; their logs repeat that with tracebacks.
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            # Floats barely compress (8 % here), at twice the processor time. Orbax takes its patience by the wall clock,
+            # and a machine's clock may be set forward by hours.
+            self._writer = ocp.AsyncCheckpointer(
+                ocp.PyTreeCheckpointHandler(use_compression=False), timeout_secs=ORBAX_PATIENCE
+            )
         return self._writer
 
 
@@ -350,6 +357,17 @@ def _remove(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     _sync(folder)
     shutil.rmtree(folder)
+
+
+def _drop_late_reports() -> None:
+    """Once a write has failed, TensorStore reports its other pieces to an event loop that is closed; nobody waits."""
+    before = sys.unraisablehook
+
+    def hook(report: Any) -> None:
+        if not (isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"):
+            before(report)
+
+    sys.unraisablehook = hook
 
 
 def _write_synced(path: Path, text: str) -> None:

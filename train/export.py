@@ -42,7 +42,8 @@ def write_safetensors(weights: Any, path: Path, metadata: Mapping[str, str], dty
     for keys, leaf in jax.tree_util.tree_leaves_with_path(weights):
         whole = _gather(leaf)
         if main:
-            arrays[_name(keys)] = np.ascontiguousarray(whole if dtype is None else whole.astype(jnp.dtype(dtype)))
+            # Not ascontiguousarray, which makes a scalar a vector.
+            arrays[_name(keys)] = np.asarray(whole if dtype is None else whole.astype(jnp.dtype(dtype)), order="C")
     if not main:
         return
     draft = path.with_name(path.name + ".tmp")

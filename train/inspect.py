@@ -85,7 +85,7 @@ def inspect(path: Path) -> dict[str, Any]:
     folders = _folders(path)
     steps = [step for folder in folders if (step := _examine(folder)) is not None]
     valid = [step for step in steps if step.state == VALID]
-    shown = (steps if folders == [path] else valid or [None])[-1]
+    shown = next(reversed(steps if folders == [path] else valid), None)
     found: dict[str, Any] = {
         "steps": [dataclasses.asdict(step) | {"folder": str(step.folder)} for step in steps],
         "step": None,

@@ -38,6 +38,7 @@ from tests.train.runs import (
 from train import loop, trainer
 from train.__main__ import main
 from train.config import load_recipe, parse_overrides
+from train.data.sources import read_documents, split_by_document
 from train.errors import UserError
 from train.evaluate import place
 
@@ -346,42 +347,64 @@ def test_a_spike_goes_back_and_leaves_the_batches_out(tmp_path, monkeypatch, cap
 
 def test_a_spike_that_returns_stops_the_run(tmp_path, monkeypatch):
     spoiled(monkeypatch, set(range(20, 200)), noise)
-    words = "--guard.spike-z 6 --guard.spike-window 8 --guard.max-rollbacks 2 --save-every-seconds 1000"
-    with pytest.raises(UserError, match=r"after 2 times of going back to step 0; the batch is kept in .*npz"):
+    words = "--guard.spike-z 6 --guard.spike-window 8 --guard.max-rollbacks 2"
+    with pytest.raises(UserError, match=r"after 2 times of going back to step 1\d; the batch is kept in .*npz"):
         loop.run(tiny(words), tmp_path)
 
 
-def test_a_data_file_that_changes_or_goes_between_two_starts(tmp_path, cache):
-    source = tmp_path / "text"
-    source.mkdir()
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of texts, and the two sides of its split."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
     chance = random.Random(0)
     for n in range(12):
-        (source / f"{n}.txt").write_text(" ".join(str(chance.random()) for _ in range(200)))
-    workdir = tmp_path / "run"
-    words = ("run pydoc_lm", TINY, STEPS, f"--data.source {source} --workdir {workdir}")
-    process = start(*words, "--schedule.steps 100000", **cache)
-    wait_for(lambda: sealed(workdir), process)
-    kept = (source / "3.txt").read_text()
-    (source / "3.txt").write_text(kept[: len(kept) // 2])  # while it runs: what was read is in memory
-    before = sealed(workdir)
-    wait_for(lambda: sealed(workdir) != before, process)
+        (folder / f"{n}.txt").write_text(" ".join(str(chance.random()) for _ in range(200)))
+    training, held_out = split_by_document(read_documents(str(folder)), 0.1)
+    return folder, *({path for path in folder.iterdir() if path.read_bytes() in side} for side in (training, held_out))
+
+
+def test_a_data_file_that_changes_or_goes_while_the_run_does(texts, tmp_path, capsys):
+    folder, training, _ = texts
+    words = f"run pydoc_lm {TINY} {STEPS} --schedule.steps 100000 --data.source {folder} --workdir {tmp_path / 'run'}"
+    process = start(words)
+    wait_for(lambda: sealed(tmp_path / "run"), process)
+    victim, other = sorted(training)[:2]
+    kept = victim.read_bytes()
+    victim.write_bytes(kept[: len(kept) // 2])
+    other_text = other.read_bytes()
+    other.unlink()
+    before = sealed(tmp_path / "run")  # what was read is in memory, so the run goes on
+    wait_for(lambda: sealed(tmp_path / "run") != before, process)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    process = start(*words, "--schedule.steps 100000", **cache)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 2
-    assert "the data is not what the checkpoint was trained on (documents was" in output
-    (source / "3.txt").unlink()
-    process = start(*words, "--schedule.steps 100000", **cache)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 2
-    assert "the data is not what the checkpoint was trained on" in output
-    shutil.rmtree(source)
-    process = start(*words, "--schedule.steps 100000", **cache)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 2
-    assert "no such file or folder" in output
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    words = words.replace("--data.batch 8", "--data.batch 8 --mesh.data -1")
+    for change, message in (
+        (lambda: None, "the data is not what the checkpoint was trained on (documents was"),
+        (lambda: other.write_bytes(other_text), "the data is not what the checkpoint was trained on (documents was"),
+        (lambda: victim.write_bytes(kept + b"more"), "the data is not what the checkpoint was trained on"),
+        (lambda: shutil.rmtree(folder), "no such file or folder"),
+    ):
+        change()
+        assert main(words.split()) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_held_out_text_that_changes(texts, tmp_path, capsys):
+    folder, _, held_out = texts
+    config = tiny(f"--data.source {folder} --schedule.steps 3")
+    loop.run(config, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    # Another held-out text, with the same training side.
+    victim = sorted(held_out)[0]
+    kept = victim.read_bytes()
+    for n in range(200):
+        victim.write_bytes(kept + str(n).encode())
+        if kept + str(n).encode() in split_by_document(read_documents(str(folder)), 0.1)[1]:
+            break
+    with pytest.raises(UserError, match="the held-out documents are not those that this run was scored on"):
+        loop.run(config, tmp_path / "run")
 
 
 def test_a_jump_of_the_wall_clock_changes_nothing(whole, tmp_path, cache):
@@ -390,7 +413,7 @@ def test_a_jump_of_the_wall_clock_changes_nothing(whole, tmp_path, cache):
         "real, calls = time.time, [0]\n"
         "def jumps():\n"
         "    calls[0] += 1\n"
-        "    return real() + (-3e7 if calls[0] % 2 else 3e7)\n"
+        "    return real() + (-3600 if calls[0] % 2 else 3600)\n"
         "time.time = jumps\n"
         "from train.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))\n"

@@ -134,7 +134,7 @@ def load_tokenizer(
         draft = kept.with_suffix(".tmp")
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, kept)
-    elif spec != TRAIN and Path(spec).expanduser().exists() and _hash(_read(Path(spec))) != _hash(_read(kept)):
+    elif spec != TRAIN and (given := Path(spec).expanduser()).exists() and _hash(_read(given)) != _hash(_read(kept)):
         raise UserError(f"data.tokenizer: {spec} is not the one that this run began with, which is {kept}")
     found = BPETokenizer(_parse(kept), kept)
     if found.vocab_size > vocab_size:
