@@ -303,7 +303,9 @@ def _packed(state: LinearState | None, key: Array, value: Array, accumulator: An
     # Zeros made from the operands lie on a mesh as these do, which the carry of a scan must do from its start.
     zeros = jnp.zeros_like(key[:, 0, :, :, None] * value[:, 0, :, None, :], dtype=accumulator)
     if state is None:
-        return zeros
+        # XLA's CPU backend (jaxlib 0.11.2 to 0.12.0.1) makes one YNNPACK call of the read of a constant state and what
+        # follows it, and that call reads outside of its buffers: whole batches came out wrong.
+        return jax.lax.optimization_barrier(zeros)
     return zeros + (state.S if state.z is None else jnp.concatenate([state.S, state.z[..., None]], axis=-1))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jattn.catalog import CATALOG
 from jattn.models.lm import LM, LMConfig, Unit, count_parameters
 
 CONFIG = LMConfig(
@@ -151,3 +152,23 @@ def test_input_errors(model, tokens):
         model(tokens.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"segment_ids: expected \[B, T\] with T = 13 as in tokens, got \(2, 5\)"):
         model(tokens, segment_ids=tokens[:, :5])
+
+
+@pytest.mark.parametrize("entry", [entry for entry in CATALOG if entry.layer], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_large_batch_is_its_rows(entry, packed):
+    """At 64 rows the CPU compiler fuses what it does not at one, and one such fusion read outside of its buffers."""
+    config = LMConfig(width=64, num_layers=1, pattern=(entry.name,), num_heads=1, mlp_width=128)
+    graph, weights, rest = nnx.split(LM(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    weights = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), weights)
+    tokens = jax.random.randint(jax.random.key(1), (64, 64), 0, 256)
+    segments = jnp.ones_like(tokens) if packed else None
+
+    @jax.jit
+    def hidden(weights, tokens, segments):
+        return nnx.merge(graph, weights, rest).hidden(tokens, segment_ids=segments)[0]
+
+    whole = hidden(weights, tokens, segments)
+    for row in range(0, 64, 9):
+        alone = hidden(weights, tokens[row : row + 1], None if segments is None else segments[row : row + 1])
+        np.testing.assert_allclose(whole[row : row + 1], alone, rtol=1e-4, atol=1e-4)
