@@ -291,8 +291,8 @@ class Checkpoints:
             # Everything they would report reaches the user as an exception; their logs repeat that with tracebacks.
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
-            # Orbax takes its patience by the wall clock, and a machine's clock may be set forward by hours. Folders that
-            # it makes in the background have a patience of their own, which cannot be set.
+            # Orbax takes its patience by the wall clock, which may be set forward by hours. Folders that it makes in
+            # the background have a patience of their own, which cannot be set.
             patient = ocp.AsyncOptions(timeout_secs=ORBAX_PATIENCE, create_directories_asynchronously=False)
             # Floats barely compress (8 % here), at twice the processor time.
             handler = ocp.PyTreeCheckpointHandler(use_compression=False)

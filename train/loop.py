@@ -87,9 +87,8 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
                 f"{jax.device_count()} {jax.default_backend()} device(s)"
             )
         else:
-            state = trainer.restore(latest)
+            state = trainer.restore(latest, batches)
             progress.say(f"{workdir}: goes on from step {latest}")
-        trainer.seek(batches, int(state.step))
         state = trainer.train(state, batches, stop)
         step = int(state.step)
         if trainer.stopped:

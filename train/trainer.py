@@ -132,24 +132,25 @@ class Trainer:
         self._flops_per_token = 3 * forward / self.data.tokens_per_step
         self._peak = None if peak is None else peak * jax.device_count()
 
-    def restore(self, step: int) -> TrainState:
-        """The state of a checkpoint, and with it everything here that goes with that step."""
+    def restore(self, step: int, batches: BatchIterator) -> TrainState:
+        """The state of a checkpoint, and with it everything that goes with that step: the batches, the figures.
+
+        Raises:
+          UserError: the data is not what the checkpoint was trained and scored on.
+        """
         state, extra = self.checkpoints.restore(step, self.program.state_shape)
         if extra["held_out"] != self._held_out:
             raise UserError(
                 "the held-out documents are not those that this run was scored on, so its figures would be no curve; "
                 "restore the data and its options, or start in another folder"
             )
+        batches.set_state(extra["data"])
         self._guard.set_state(extra["guard"])
         self._skipped_batches = extra["skipped_batches"]
         self._unlogged = None
         self.scores = Scores(**extra["scores"])
         self.records.truncate(after=step)
         return state
-
-    def seek(self, batches: BatchIterator, step: int) -> None:
-        """Put the batches where step `step` begins."""
-        batches.set_state({"step": step + self._skipped_batches, **self.data.identity})
 
     def train(self, state: TrainState, batches: BatchIterator, stop: Stop) -> TrainState:
         """Steps until the clock says that the run is over or a signal asks to stop; validated and saved at the end."""
@@ -312,10 +313,10 @@ class Trainer:
                 f"the loss spiked to {spike.loss:.3f} at step {spike.step}, after {times - 1} times of going back to "
                 f"step {step}; {self._keep_batch(spike)}; lower optimizer.learning_rate, or raise guard.spike_z"
             )
-        state = self.restore(step)
+        state = self.restore(step, batches)
         before = step + self._skipped_batches
         self._skipped_batches += spike.batch_index + 1 - before
-        self.seek(batches, step)
+        batches.set_state({"step": spike.batch_index + 1, **self.data.identity})
         self.speed.pause()
         self.records.write(step=step, seconds=self.clock.seconds, spike_step=spike.step, spike_loss=spike.loss)
         self.progress.say(
