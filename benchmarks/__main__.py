@@ -12,7 +12,7 @@ from rich.console import Console
 import benchmarks
 from benchmarks import measure
 
-SHARED = ("measure", "models", "__main__")
+SHARED = ("measure", "models", "compile_ahead", "__main__")  # the third needs libtpu: make lab
 
 
 def main(arguments: list[str]) -> int:

@@ -20,6 +20,7 @@ python -m train VERB ...
   eval WORKDIR [options]                 bits per byte on held-out or other text
   export WORKDIR [options]               the weights as safetensors
   inspect WORKDIR                        what a checkpoint holds, whether it is whole, and which run made it
+  launch slurm|gke|tpu_vm RECIPE         the script that runs it on many hosts, shown or submitted
   doctor                                 devices, versions, and which implementation each op would use, and why
 
 Every verb answers --help. Recipes: {recipes}
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "export": _module("export"),
         "inspect": _module("inspect"),
+        "launch": _module("launch"),
         "doctor": _doctor,
     }
     try:

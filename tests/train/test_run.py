@@ -194,7 +194,7 @@ def files(tmp_path):
         ("run pydoc_lm --workdir", "--workdir: expected a folder after it"),
         (
             "runn pydoc_lm",
-            "no verb is called 'runn'; there are run, compile, compare, sample, eval, export, inspect, doctor",
+            "no verb is called 'runn'; there are run, compile, compare, sample, eval, export, inspect, launch, doctor",
         ),
         ("sample {files}/none", "holds no run (no config.json)"),
         ("sample --tokens 3", "sample: expected the folder of a run first"),
