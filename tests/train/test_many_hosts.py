@@ -16,7 +16,10 @@ from tests.train.runs import TINY, assert_same_bits, final_arrays, finish, seale
 from train.distributed import Processes, take_flags
 from train.errors import UserError
 
-STEPS = "--schedule.seconds None --schedule.steps 24 --eval-every 10 --log-every 1 --save-every-seconds 1 --mesh.fsdp 2 --mesh.tensor 2"
+STEPS = (
+    "--schedule.seconds None --schedule.steps 24 --eval-every 10 --log-every 1 --save-every-seconds 1 "
+    "--mesh.fsdp 2 --mesh.tensor 2"
+)
 
 
 @pytest.fixture(scope="module")
