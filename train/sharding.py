@@ -19,6 +19,8 @@ from train.config import MeshConfig
 from train.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
+ROWS = ("data", "fsdp")
+"""The axes that split the rows of a batch."""
 
 # The trailing axes of a parameter; leading ones (the stack of scanned units) stay whole.
 Rule = tuple[str, tuple[str | None, ...]]
@@ -62,7 +64,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def batch_spec() -> PartitionSpec:
     """Rows of a `[B, T]` batch over data and fsdp, tokens over context."""
-    return PartitionSpec(("data", "fsdp"), "context")
+    return PartitionSpec(ROWS, "context")
 
 
 def check_batch(mesh: Mesh, batch: int, context: int) -> None:

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jattn.models.lm import LM
+from jattn.nn.layout import Layout, use_layout
 from train import sharding
 from train.config import RunConfig
 from train.errors import user_errors
@@ -135,13 +136,15 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     state_shape = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, shardings)
     replicated = NamedSharding(mesh, PartitionSpec())
     by_token = NamedSharding(mesh, sharding.batch_spec())
+    layout = Layout(mesh, batch=sharding.ROWS, heads="tensor", context="context")
     by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def step(
         state: TrainState, batch: Batch, factor: jax.Array, request: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         def weighted(weights: Any, part: Batch) -> tuple[jax.Array, jax.Array]:
-            return weighted_loss(nnx.merge(graph, weights, constants), part)
+            with use_layout(layout):
+                return weighted_loss(nnx.merge(graph, weights, constants), part)
 
         loss, gradients = mean_gradient(weighted, state.parameters, batch, accumulate)
         norm = optax.tree.norm(gradients)
@@ -158,10 +161,12 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
 
     def evaluate(weights: Any, batch: Batch) -> dict[str, jax.Array]:
         model = nnx.merge(graph, weights, constants)
-        loss, weight = weighted_loss(model, batch)
+        with use_layout(layout):
+            loss, weight = weighted_loss(model, batch)
         sums = {"loss": loss, "weight": weight}
         if config.data.recall.task is not None:
-            logits, _ = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+            with use_layout(layout):
+                logits, _ = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
             sums["correct"] = jnp.sum((jnp.argmax(logits, -1) == batch["targets"]) * batch["weights"])
         return sums
 

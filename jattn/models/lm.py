@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jattn import catalog, checks
 from jattn.nn.blocks import Block, make_mlp, make_norm
 from jattn.nn.cross_entropy import chunked_cross_entropy
+from jattn.nn.layout import pin
 from jattn.nn.mixer import State
 
 Remat = Literal["none", "dots", "full"]
@@ -125,9 +126,9 @@ class Unit(nnx.Module):
         states = []
         for index, block in enumerate(self.blocks):
             given = None if state is None else state[index]
-            x, block_state = block(x, positions=positions, segment_ids=segment_ids, state=given)
+            x, block_state = block(pin(x), positions=positions, segment_ids=segment_ids, state=given)
             states.append(block_state)
-        return x, None if state is None else tuple(states)
+        return pin(x), None if state is None else tuple(states)
 
 
 class LMState(nnx.Pytree):

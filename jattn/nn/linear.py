@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jattn import checks
 from jattn.linear.lightning import lightning_attention, lightning_attention_step, lightning_slopes
 from jattn.linear.recurrence import LinearState, linear_attention, linear_attention_step
+from jattn.nn.layout import attend
 from jattn.nn.mixer import Projections
 
 
@@ -138,7 +139,8 @@ class LightningMixer(_LinearAttention):
         query, key, value = self._heads(x)
         slopes = self.slopes[...]
         if state is None:
-            return self.finish(x, lightning_attention(query, key, value, slopes, segment_ids=segment_ids)), None
+            arrays = {"slopes": slopes, "segment_ids": segment_ids}
+            return self.finish(x, attend(lightning_attention, query, key, value, arrays=arrays)), None
         if x.shape[1] == 1:
             out, state = lightning_attention_step(query[:, 0], key[:, 0], value[:, 0], state, slopes)
             return self.finish(x, out[:, None]), state
@@ -211,7 +213,8 @@ class LinearMixer(_LinearAttention):
         log_decay = self.log_decay(x)
         scale = self.projections.head_dim**-0.5
         if state is None:
-            out = linear_attention(query, key, value, log_decay, is_causal=True, scale=scale, segment_ids=segment_ids)
+            arrays = {"log_decay": log_decay, "segment_ids": segment_ids}
+            out = attend(linear_attention, query, key, value, arrays=arrays, scale=scale)
             return self.finish(x, out), None
         if x.shape[1] == 1:
             gate = None if log_decay is None else log_decay[:, 0]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jattn import checks
 from jattn.dot_product import dot_product_attention
+from jattn.nn.layout import attend
 from jattn.nn.mixer import Projections, last_segment, rms_normalise
 from jattn.positions import apply_rotary
 from jattn.sparse.sliding_window import sliding_window_attention
@@ -133,7 +134,8 @@ class SoftmaxMixer(_Attention):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         query, key, value = self.heads(x, positions)
         if state is None:
-            out = dot_product_attention(query, key, value, is_causal=True, segment_ids=segment_ids)
+            arrays = {"segment_ids": segment_ids}
+            out = attend(dot_product_attention, query, key, value, arrays=arrays, is_causal=True)
             return self.projections.merge(out), None
         first = state.written[:, None]
         order = first + jnp.arange(x.shape[1], dtype=jnp.int32)
@@ -187,7 +189,8 @@ class SlidingWindowMixer(_Attention):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         query, key, value = self.heads(x, positions)
         if state is None:
-            out = sliding_window_attention(query, key, value, window=self.window, segment_ids=segment_ids)
+            arrays = {"segment_ids": segment_ids}
+            out = attend(sliding_window_attention, query, key, value, arrays=arrays, window=self.window)
             return self.projections.merge(out), None
         capacity = state.position.shape[1]
         new = write_cache(state, key, value, last_segment(segment_ids, positions))

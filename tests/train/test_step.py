@@ -210,3 +210,69 @@ def test_bfloat16_computes_narrow_and_keeps_wide():
     state, losses, _ = run(config, MeshConfig(), 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.parameters)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(losses, run(CONFIG, MeshConfig(), 1)[1], rtol=0.02)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}])
+def test_accumulation_takes_the_gradient_of_the_whole_batch(mesh):
+    """Parts of different weight too: the mean is over tokens, not over parts."""
+    uneven = batch(0)
+    uneven["weights"][::3] = 0
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, accumulate=4 if mesh == {} else 2))
+    devices = 1 if mesh == {} else 8
+    state, losses, metrics = run(config, MeshConfig(**mesh), devices, steps=2, batches=[uneven, batch(1)])
+    expected, wanted, norms = run(CONFIG, MeshConfig(), 1, steps=2, batches=[uneven, batch(1)])
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norms["grad_norm"], rtol=1e-4)
+    for path, leaf in names(state.parameters).items():
+        np.testing.assert_allclose(leaf, names(expected.parameters)[path], atol=2e-3, err_msg=path)
+
+
+def test_the_average_follows_its_formula():
+    config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(ema=0.15))
+    states = [run(config, MeshConfig(), 1, steps=steps)[0] for steps in (1, 2, 3)]
+    program = make_program(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    mean = program.init(config.seed).parameters
+    for count, state in enumerate(states):
+        d = min(0.15, (1 + count) / (10 + count))
+        mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * x, mean, state.parameters)
+        for path, leaf in names(state.average).items():
+            np.testing.assert_allclose(leaf, names(mean)[path], rtol=1e-5, atol=1e-6, err_msg=path)
+    assert names(states[-1].weights).keys() == names(states[-1].parameters).keys()
+    assert run(CONFIG, MeshConfig(), 1, steps=1)[0].average is None
+
+
+def test_the_state_is_donated():
+    program = make_program(CONFIG, make_mesh(MeshConfig(fsdp=2, tensor=2, context=2)))
+    state = program.init(0)
+    leaves = jax.tree.leaves(state)
+    program.step(state, place(batch(), program), np.float32(1), program.request(0))
+    assert all(leaf.is_deleted() for leaf in leaves)
+    arguments = (program.state_shape, place(batch(), program), np.float32(1), program.request(0))
+    memory = program.step.lower(*arguments).compile().memory_analysis()
+    on_one_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(program.init(0)))
+    assert memory.alias_size_in_bytes >= on_one_device
+
+
+def test_requests_of_all_processes_become_one():
+    program = make_program(CONFIG, make_mesh(MeshConfig(fsdp=2, tensor=2, context=2)))
+    _, metrics = program.step(program.init(0), place(batch(), program), np.float32(1), program.request(2))
+    assert int(metrics["request"]) == 2
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_memory_and_not_the_step(remat, alone):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, remat=remat))
+    _, losses, _ = run(config, MeshConfig(fsdp=2, tensor=2, context=2), 8)
+    np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("entry", [entry for entry in CATALOG if entry.layer], ids=lambda entry: entry.name)
+def test_every_mixer_trains_with_a_split_sequence(entry):
+    """On a mesh with a context axis the mixers run in pieces, by ring, halo or scan; the step stays the same."""
+    model = dataclasses.replace(MODEL, pattern=(entry.name,), mixer_options={})
+    config = dataclasses.replace(CONFIG, model=model)
+    expected, wanted, _ = run(config, MeshConfig(), 1)
+    state, losses, _ = run(config, MeshConfig(fsdp=2, tensor=2, context=2), 8)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    for path, leaf in names(state.parameters).items():
+        np.testing.assert_allclose(leaf, names(expected.parameters)[path], atol=2e-4, err_msg=path)

@@ -1,0 +1,86 @@
+"""How the activations of a model lie on a mesh, for as long as a context lasts.
+
+A model is written without a word about devices. Left alone, the compiler lays activations out as it likes: it splits
+the width as the weights of the embedding are split, and then moves activations instead of weights; and it gathers a
+split sequence at every step of a scan along it. Within `use_layout` the residual stream stays split by rows and tokens,
+and mixers run their op on the mesh by `shard_attention`.
+
+    with use_layout(Layout(mesh, batch=("data", "fsdp"), heads="tensor", context="context")):
+        losses = model.loss(tokens, targets)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jattn.sharding import shard_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of `mesh` split what.
+
+    Attributes:
+      batch: rows.
+      heads: heads of queries, keys and values; left out by mixers whose heads do not divide.
+      context: tokens.
+    """
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: str
+    context: str
+
+    def size(self, *axes: str) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout) -> Iterator[None]:
+    """Models called in this context, from the same thread, lie on the mesh as `layout` says."""
+    token = _current.set(layout if layout.mesh.size > 1 else None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def pin(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """`x` with whole channels on every device; without a layout, `x`."""
+    layout = _current.get()
+    if layout is None:
+        return x
+    spec = PartitionSpec(layout.batch, layout.context, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def attend(
+    op: Callable[..., Any],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    *,
+    arrays: dict[str, Array | None],
+    **options: Any,
+) -> Float[Array, "B T N V"]:
+    """`op(query, key, value, **arrays, **options)`, on the mesh where a layout splits the sequence."""
+    given = {name: array for name, array in arrays.items() if array is not None}
+    layout = _current.get()
+    if layout is None or layout.size(layout.context) == 1:
+        return op(query, key, value, **given, **options)
+    split = layout.size(layout.heads)
+    heads = None if query.shape[2] % split or key.shape[2] % split else layout.heads
+    on_mesh = shard_attention(op, layout.mesh, batch=layout.batch, heads=heads, context=layout.context, **options)
+    return on_mesh(query, key, value, **given)
