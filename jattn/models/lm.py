@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jattn import catalog, checks
 from jattn.nn.blocks import Block, make_mlp, make_norm
 from jattn.nn.cross_entropy import chunked_cross_entropy
-from jattn.nn.layout import pin
+from jattn.nn.layout import each_token, pin
 from jattn.nn.mixer import State
 
 Remat = Literal["none", "dots", "full"]
@@ -234,7 +235,8 @@ class LM(nnx.Module):
     ) -> Float[Array, "B T"]:
         """Cross-entropy of every target in nats, without a `[B, T, vocab]` array."""
         x, _ = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
-        return chunked_cross_entropy(x, self.head_matrix(), targets, soft_cap=self.config.logits_soft_cap)
+        loss = functools.partial(chunked_cross_entropy, soft_cap=self.config.logits_soft_cap)
+        return each_token(loss, x, self.head_matrix(), targets)
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> LMState:
         """An empty state for texts of at most `capacity` tokens. `dtype` is that of cached keys and values."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jattn.sharding import shard_attention
 
@@ -64,6 +64,31 @@ def pin(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x
     spec = PartitionSpec(layout.batch, layout.context, None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def each_token(
+    loss: Callable[[Array, Array, Array], Array],
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D vocab"],
+    targets: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """`loss(hidden, head, targets)`, every device for its own tokens.
+
+    The head is gathered once and its gradient summed once; the vocabulary may stay split. A loop over slices of all
+    tokens, as the compiler would have it, gathers and sums at each of them.
+    """
+    layout = _current.get()
+    if layout is None:
+        return loss(hidden, head, targets)
+    tokens = PartitionSpec(layout.batch, layout.context)
+    on_mesh = jax.shard_map(
+        loss,
+        mesh=layout.mesh,
+        in_specs=(PartitionSpec(layout.batch, layout.context, None), PartitionSpec(), tokens),
+        out_specs=tokens,
+        axis_names={*layout.batch, layout.context},
+    )
+    return on_mesh(hidden, head, targets)
 
 
 def attend(
