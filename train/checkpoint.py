@@ -27,12 +27,14 @@ A typed random key is stored as the integers in it.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import shutil
 import sys
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -262,7 +264,6 @@ class Checkpoints:
         _remove(folder)
 
     def _failed(self, step: int, error: Exception) -> UserError:
-        _drop_late_reports()
         reason = " ".join(str(error).split())[:300]
         last = max((s for s in self._steps() if self._is_sealed(s)), default=None)
         kept = "no checkpoint was sealed before" if last is None else f"the last sealed checkpoint is step {last}"
@@ -289,6 +290,7 @@ class Checkpoints:
             import orbax.checkpoint as ocp
 
             # Everything they would report reaches the user as an exception; their logs repeat that with tracebacks.
+            _drop_late_reports()
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             # Orbax takes its patience by the wall clock, which may be set forward by hours. Folders that it makes in
@@ -360,15 +362,23 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+@functools.cache
 def _drop_late_reports() -> None:
-    """Once a write has failed, TensorStore reports its other pieces to an event loop that is closed; nobody waits."""
+    """After a failed write, its other pieces report to an event loop that is closed, or are never awaited.
+
+    Their error has reached the user by then, as an exception of the save that they belong to.
+    """
     before = sys.unraisablehook
 
     def hook(report: Any) -> None:
-        if not (isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"):
+        late = str(report.exc_value)
+        if not isinstance(report.exc_value, RuntimeError | RuntimeWarning) or not (
+            late == "Event loop is closed" or (late.startswith("coroutine ") and late.endswith("was never awaited"))
+        ):
             before(report)
 
     sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -37,6 +37,7 @@ from tests.train.runs import (
 )
 from train import loop, trainer
 from train.__main__ import main
+from train.checkpoint import Checkpoints
 from train.config import load_recipe, parse_overrides
 from train.data.sources import read_documents, split_by_document
 from train.errors import UserError
@@ -265,16 +266,23 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(tmp_path, cach
 
 def test_a_folder_that_becomes_read_only(tmp_path, monkeypatch):
     """Root may write anywhere, so the folder of the checkpoints is replaced by a file, which no one can write into."""
-    done = []
+    done, saves = [], []
+
+    class Known(Checkpoints):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            saves.append(self)
 
     def places(batch, program):
         done.append(1)
         if len(done) == 12:
+            saves[0].wait()  # or the save under way would make the folder anew
             (tmp_path / "checkpoints").rename(tmp_path / "moved")
             (tmp_path / "checkpoints").write_text("")
         return place(batch, program)
 
     monkeypatch.setattr(trainer, "place", places)
+    monkeypatch.setattr(loop, "Checkpoints", Known)
     with pytest.raises(UserError, match=r"could not be written .*; free some space or mend the permissions"):
         loop.run(tiny(), tmp_path)
     (tmp_path / "checkpoints").unlink()
