@@ -14,8 +14,9 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -27,6 +28,10 @@ HEARTBEAT = 30
 
 PATIENCE = 600
 """Seconds that a process waits for another's decision: longer than checksums of a large checkpoint take."""
+
+
+FAREWELL = 10
+"""Seconds that process 0 waits, when all end with an error, for the others to have said so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +167,7 @@ def together() -> Iterator[None]:
     except UserError as error:
         if jax.process_count() == 1:
             raise
-        _end(f"error: {error}", 2)
+        _end(f"error: {error}", 2, after_the_others=True)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -174,8 +179,19 @@ def together() -> Iterator[None]:
         )
 
 
-def _end(message: str, code: int) -> None:
+def _end(message: str, code: int, *, after_the_others: bool = False) -> None:
+    """Print and exit. Process 0 holds what all read from, so it can wait until the others have said their word."""
     print(message, file=sys.stderr, flush=True)
+    if after_the_others:
+        with suppress(jax.errors.JaxRuntimeError):
+            if is_main():
+                deadline = time.monotonic() + FAREWELL
+                for process in range(1, jax.process_count()):
+                    left = max(deadline - time.monotonic(), 0.001)
+                    _client().blocking_key_value_get(f"jattn/ended/{process}", int(left * 1000))
+                time.sleep(0.5)  # from their word to their exit
+            else:
+                _client().key_value_set(f"jattn/ended/{jax.process_index()}", str(code))
     os._exit(code)
 
 

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jattn.sharding import shard_attention
@@ -35,7 +35,7 @@ class Layout:
       context: tokens.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     batch: tuple[str, ...]
     heads: str
     context: str
@@ -50,6 +50,9 @@ _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 @contextlib.contextmanager
 def use_layout(layout: Layout) -> Iterator[None]:
     """Models called in this context, from the same thread, lie on the mesh as `layout` says."""
+    described = jax.sharding.get_abstract_mesh()
+    if not described.empty:  # JAX wants its own context's mesh: that of devices which are described but not here
+        layout = dataclasses.replace(layout, mesh=described)
     token = _current.set(layout if layout.mesh.size > 1 else None)
     try:
         yield
