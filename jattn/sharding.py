@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -32,7 +32,7 @@ Axes = str | Sequence[str] | None
 
 def shard_attention(
     op: Callable[..., Any],
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     batch: Axes = None,
     heads: Axes = None,
@@ -108,7 +108,7 @@ def _names(axes: Axes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def _check_axes(mesh: Mesh, **named: Axes) -> None:
+def _check_axes(mesh: Mesh | AbstractMesh, **named: Axes) -> None:
     used: dict[str, str] = {}
     for argument, axes in named.items():
         for axis in _names(axes):
@@ -140,7 +140,9 @@ def _reads_heads(mask: Any) -> bool:
     return isinstance(mask, masks.Fn) or any(part is not None and _reads_heads(part) for part in parts)
 
 
-def _check_divides(mesh: Mesh, *named: tuple[str, Array], batch: Axes, heads: Axes, context: Axes) -> None:
+def _check_divides(
+    mesh: Mesh | AbstractMesh, *named: tuple[str, Array], batch: Axes, heads: Axes, context: Axes
+) -> None:
     for name, x in named:
         for dimension, axes in ((0, batch), (1, context), (2, heads)):
             devices = math.prod(mesh.shape[axis] for axis in _names(axes))
