@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.measure import Result, show, write
-from train.compile import GIB, Report, analyse, prepare
+from train.compile import Report, analyse
+from train.topology import GIB, prepare
 
 # What each pod is compiled with beside the recipe's own settings.
 PODS = {

@@ -10,10 +10,8 @@ Arguments are the training state and the batch; the state is donated, so new wei
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
+from train.topology import GIB, MEMORY, devices_of, prepare
 
 if TYPE_CHECKING:
     import jax
@@ -37,35 +36,6 @@ usage: python -m train compile RECIPE --topology NAME [--json FILE] [overrides]
 
 Exit code 0 if the run fits, 1 if it does not, 2 for a mistake. Overrides: python -m train run RECIPE --help
 Recipes: {recipes}"""
-
-GIB = 1 << 30
-
-# Memory of a device in bytes, by JAX's name of its kind. A TPU7x is two devices of half its 192 GiB.
-MEMORY = {
-    "TPU v4": 32 * GIB,
-    "TPU v5 lite": 16 * GIB,
-    "TPU v5": 95 * GIB,
-    "TPU v6 lite": 32 * GIB,
-    "TPU7x": 96 * GIB,
-    "NVIDIA H100 80GB HBM3": 80 * GIB,
-}
-
-# libtpu looks for the chips and the other hosts of a machine that is none.
-_TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-_SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_H100 = """\
-gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
-l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,82 +116,18 @@ def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def prepare(topology: str) -> None:
-    """Set what JAX and the compilers read when they load; this process computes on the CPU.
-
-    Raises:
-      UserError: the compiler for `topology` is not installed.
-    """
-    os.environ.update(_TPU_ENVIRONMENT, JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    needed, packages = ["libtpu"], "libtpu"
-    if topology.startswith("h100"):
-        needed = ["jax_cuda13_plugin", "nvidia"]
-        packages = f"--no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} "
-        packages += "nvidia-cuda-nvcc nvidia-nvvm"
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--topology {topology}: its compiler ({missing[0]}) is not installed; pip install {packages}")
-
-
-def topology_devices(topology: str) -> list[jax.Device]:
-    """Devices to compile for, as many as the topology has; none of them need be there."""
-    import jax
-    from jax.experimental import topologies
-
-    family, _, size = topology.partition(":")
-    try:
-        if family == "h100":
-            if not re.fullmatch(r"[1-8]|\d+", size) or int(size) < 1 or (int(size) > 8 and int(size) % 8):
-                raise UserError(f"--topology {topology}: expected h100:N with N up to 8 or a multiple of 8")
-            hosts, each = (1, int(size)) if int(size) <= 8 else (int(size) // 8, 8)
-            return topologies.get_topology_desc(
-                platform="cuda", target_config=_H100, topology=f"1x{hosts}x{each}"
-            ).devices
-        by_chips = re.fullmatch(r"(v5e|v6e)-(\d+)", topology)
-        if by_chips and int(by_chips[2]) in _SQUARES:
-            topology = f"{by_chips[1]}:{_SQUARES[int(by_chips[2])]}"
-        # The two cores of a v4 chip work as one device unless a program asks otherwise.
-        options = {"chip_config_name": "megacore"} if family == "v4" else {}
-        return topologies.get_topology_desc(topology, "tpu", **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).partition(": ")[2].splitlines()[0]
-        raise UserError(
-            f"--topology {topology}: is none that the compiler knows ({reason}); v5e:2x4, v5p:8x8x8 and h100:8 are"
-        ) from None
-
-
 def place(config: RunConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of `config` with neighbours in it neighbours on the chips' torus.
+    """The mesh of `config`.
 
     Raises:
-      UserError: axes whose product is not the number of devices, or that the torus cannot be cut into.
+      UserError: axes that the devices cannot be laid out in; with overrides that can.
     """
-    from jax.experimental import mesh_utils
-    from jax.sharding import Mesh
-
-    from train import sharding
+    from train.sharding import make_mesh
 
     try:
-        mesh = sharding.make_mesh(config.mesh, devices)
+        return make_mesh(config.mesh, devices)
     except UserError as error:
         raise UserError(f"{error}; {' '.join(_fitting_mesh(config, len(devices)))} does") from None
-    if devices[0].platform != "tpu":
-        return mesh
-    shape = tuple(mesh.shape.values())
-    for split in (False, True):
-        try:
-            grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=split)
-            return Mesh(grid, mesh.axis_names)
-        except (NotImplementedError, ValueError):
-            continue
-    torus = " x ".join(str(1 + max(axis)) for axis in zip(*(device.coords for device in devices), strict=True))
-    raise UserError(
-        f"mesh: {' x '.join(map(str, shape))} cannot be laid on a torus of {torus} chips; every axis must be a product "
-        f"of divisors of these sides"
-    )
 
 
 def _fitting_mesh(config: RunConfig, devices: int) -> list[str]:
@@ -249,7 +155,7 @@ def analyse(recipe: str, config: RunConfig, topology: str) -> Report:
     from train import hlo
     from train.step import make_program, resolve_precision
 
-    devices = topology_devices(topology)
+    devices = devices_of(topology)
     config = resolve_precision(config, devices[0].platform)
     mesh = place(config, devices)
     program = make_program(config, mesh)

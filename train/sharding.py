@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import MeshConfig
@@ -47,7 +49,11 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices; sizes that do not multiply to their number are an error."""
+    """The mesh over all devices; on TPUs, neighbours in it are neighbours on the chips' torus.
+
+    Raises:
+      UserError: axes whose product is not the number of devices, or that the torus cannot be cut into.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     for axis, size in sizes.items():
@@ -59,7 +65,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"mesh: {wanted} does not fit {len(devices)} devices; their product must be that number")
     if sizes["data"] == -1:
         sizes["data"] = len(devices) // rest
-    return Mesh(np.array(devices).reshape(*sizes.values()), AXES)
+    shape = tuple(sizes.values())
+    if devices[0].platform != "tpu":
+        return Mesh(np.array(devices).reshape(shape), AXES)
+    for split in (False, True):
+        with suppress(NotImplementedError, ValueError):
+            return Mesh(mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=split), AXES)
+    torus = " x ".join(str(1 + max(axis)) for axis in zip(*(device.coords for device in devices), strict=True))
+    raise UserError(
+        f"mesh: {' x '.join(map(str, shape))} cannot be laid on a torus of {torus} chips; every axis must be a product "
+        "of divisors of these sides"
+    )
 
 
 def batch_spec() -> PartitionSpec:

@@ -128,7 +128,7 @@ def host_devices(monkeypatch):
 
     def use(memory):
         monkeypatch.setattr(ahead, "prepare", lambda topology: None)
-        monkeypatch.setattr(ahead, "topology_devices", lambda topology: jax.devices())
+        monkeypatch.setattr(ahead, "devices_of", lambda topology: jax.devices())
         monkeypatch.setattr("train.config.load_recipe", lambda name: TINY)
         monkeypatch.setitem(ahead.MEMORY, "cpu", memory)
 
