@@ -1,13 +1,16 @@
-"""What do mixers learn in the same number of steps? Text (recipe pydoc_lm) and recall (recipe mqar), over seeds."""
+"""What do mixers learn in the same number of steps? Text (recipe pydoc_lm) and recall (recipe mqar), over seeds.
+
+Half an hour of runs in runs/benchmark_mixers, which go on where they were stopped; the curves are kept as pictures.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Result
+from benchmarks.measure import RESULTS, Result
 from train.compare import compare
 from train.config import RunConfig, ScheduleConfig
 from train.recipes import mqar, pydoc_lm
@@ -15,13 +18,12 @@ from train.recipes import mqar, pydoc_lm
 MIXERS = ("softmax", "sliding_window", "lightning", "lightning+sliding_window")
 SEEDS = 3
 TEXT_STEPS = 250
+WORKDIR = Path("runs/benchmark_mixers")
 
 
 def run() -> Result:
     text = dataclasses.replace(pydoc_lm.config(), schedule=ScheduleConfig(steps=TEXT_STEPS))
-    with tempfile.TemporaryDirectory() as folder:
-        on_text = _compare("pydoc_lm", text, Path(folder))
-        on_recall = _compare("mqar", mqar.config(), Path(folder))
+    on_text, on_recall = _compare("pydoc_lm", text), _compare("mqar", mqar.config())
     bits = {mixer: figures["bits_per_byte"]["mean"] for mixer, figures in on_text["mixers"].items()}
     accuracy = {mixer: figures["accuracy"]["mean"] for mixer, figures in on_recall["mixers"].items()}
     return Result(
@@ -34,10 +36,12 @@ def run() -> Result:
     )
 
 
-def _compare(recipe: str, config: RunConfig, folder: Path) -> dict[str, Any]:
-    result = compare(recipe, config, MIXERS, SEEDS, folder / recipe)
+def _compare(recipe: str, config: RunConfig) -> dict[str, Any]:
+    result = compare(recipe, config, MIXERS, SEEDS, WORKDIR / recipe)
     if result is None:
         raise KeyboardInterrupt
+    RESULTS.mkdir(exist_ok=True)
+    shutil.copyfile(WORKDIR / recipe / "comparison.svg", RESULTS / f"mixers_{recipe}.svg")
     return result
 
 

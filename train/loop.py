@@ -132,7 +132,7 @@ def _finish(
     trainer: Trainer,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Weights, sample text, summary and report."""
+    """Weights, sample text, summary and report; the other processes stay until process 0 has written them."""
     step = int(state.step)
     metadata = {"config": json.dumps(json.loads((workdir / "config.json").read_text())), "step": str(step)}
     write_safetensors(state.weights, workdir / "model.safetensors", metadata)
@@ -146,30 +146,30 @@ def _finish(
         "tokens_per_second": trainer.speed.overall,
         "params": count_parameters(model),
         "skipped": int(state.skipped),
-        "baselines": {},
     }
-    if not distributed.is_main():
-        return summary
-    samples = []
-    # Sampling is a program of one process; a model spread over many is sampled afterwards: `python -m train sample`.
-    if loaded.tokenizer is not None and jax.process_count() == 1:
-        progress.say("writing sample text")
-        samples = [
-            {"step": step, "prompt": prompt, "text": write_text(model, config, loaded.tokenizer, prompt)}
-            for prompt in config.sample.prompts
-        ]
-    if loaded.training:
-        summary["baselines"] = compressor_baselines(loaded.training, loaded.held_out)
-    write_json(workdir / "samples.json", samples)
-    write_json(workdir / "summary.json", summary)
-    path = report.write_report(workdir)
-    for sample in samples:
-        progress.say(f"\n{sample['prompt']}{sample['text']}\n")
-    progress.say(
-        f"{scores.validation:.3f} bits per byte on held-out data after {step} steps in "
-        f"{summary['seconds']:.0f} s; report: {path}"
-    )
-    return summary
+
+    def write() -> dict[str, Any]:
+        samples = []
+        # Sampling is a program of one process; a model spread over many is sampled afterwards: `train sample`.
+        if loaded.tokenizer is not None and jax.process_count() == 1:
+            progress.say("writing sample text")
+            samples = [
+                {"step": step, "prompt": prompt, "text": write_text(model, config, loaded.tokenizer, prompt)}
+                for prompt in config.sample.prompts
+            ]
+        baselines = compressor_baselines(loaded.training, loaded.held_out) if loaded.training else {}
+        write_json(workdir / "samples.json", samples)
+        write_json(workdir / "summary.json", {**summary, "baselines": baselines})
+        path = report.write_report(workdir)
+        for sample in samples:
+            progress.say(f"\n{sample['prompt']}{sample['text']}\n")
+        progress.say(
+            f"{scores.validation:.3f} bits per byte on held-out data after {step} steps in "
+            f"{summary['seconds']:.0f} s; report: {path}"
+        )
+        return {**summary, "baselines": baselines}
+
+    return distributed.decide("report", write)
 
 
 def write_text(

@@ -1,4 +1,4 @@
-"""What a run survives: kills at any moment, signals, broken files, full and read-only disks, two runs, odd terminals."""
+"""What a run survives: kills at any moment, signals, broken files, full and read-only disks, two runs at once."""
 
 from __future__ import annotations
 
