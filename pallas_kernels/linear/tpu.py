@@ -1,0 +1,387 @@
+"""The additive recurrence on TPU: one walk over the chunks forward, one backward.
+
+    S' = total S + (k * write)^T v                     o = scale [(q k^T) * pair | q * read] [v ; S]
+
+    p  = scale (do v^T) * pair      a = scale (q k^T) * pair      dS' is the gradient of the state after the chunk
+    dq = p k   + scale (do * read) S^T      dk = p^T q + (v dS'^T) * write      dv = a^T do + (k * write) dS'
+    dS = total dS' + scale (q * read)^T do  db = rowsum(q * dq - k * dk), and the last row of db gains sum(S' * dS')
+
+A grid step holds `chunks` chunks of `heads` heads. Within one head every product waits for the one before it, so the
+units (chunk, head) are written interleaved: the scores of unit i + lag stand before the products that end unit i. The
+forward walk keeps the state at the start of every grid step, and the backward walk computes the states between again.
+Arrays are read as [B, T, heads * width]: a head is a range of lanes, and nothing is transposed in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.linear import gates
+from pallas_kernels.linear.tiling import Tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Sizes of a call. `group` query heads read one key and value head; `constant` gates are tables."""
+
+    batch: int
+    length: int
+    heads: int
+    group: int
+    width: int
+    value_width: int
+    constant: bool
+    scale: float
+    dtype: Any
+    tiling: Tiling
+    interpret: bool
+
+    @property
+    def steps(self) -> int:
+        return -(-self.length // self.tiling.tokens)
+
+    @property
+    def padded(self) -> int:
+        return self.steps * self.tiling.tokens
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, self.heads // self.tiling.heads, self.steps
+
+
+class _Weights(NamedTuple):
+    """What the gates of one chunk do for one head; `total` is a row of the state."""
+
+    pair: jax.Array
+    read: jax.Array
+    write: jax.Array
+    total: jax.Array
+
+
+def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
+    """a b, contracting dimension `over[0]` of a with `over[1]` of b, added up in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], _Weights]:
+    """The weights of (chunk, head) of this grid step; what the heads of a chunk share is computed once."""
+    size = p.tiling.chunk
+    if p.constant:
+        pair, read, write = refs
+        # Tables are as wide as the wider of q and v.
+        return lambda _, h: _Weights(pair[h], read[h], write[h], read[h, size - 1 : size, : p.value_width])
+    (sums,) = refs
+    count, width = gates.parts(p.dtype), max(size, p.width, p.value_width)
+    below = _iota((size, size), 0) >= _iota((size, size), 1)
+
+    @functools.cache
+    def chunk(c: int) -> tuple[jax.Array, jax.Array]:
+        flat = sums[0, 0, :, c * size : (c + 1) * size]
+        return flat, flat.T
+
+    def of(c: int, h: int) -> _Weights:
+        flat, tall = chunk(c)
+        # A column costs a broadcast along the lanes; exponentials of it are cheaper than more columns.
+        columns = [jnp.broadcast_to(tall[:, i : i + 1], (size, width)) for i in range(count * h, count * (h + 1))]
+        rows = [flat[i : i + 1] for i in range(count * h, count * (h + 1))]
+        exponent = sum(column[:, :size] - row for column, row in zip(columns, rows, strict=True))
+        return _Weights(
+            jnp.where(below, jnp.exp(exponent), 0),
+            jnp.exp(sum(columns)),
+            jnp.exp(sum(column[size - 1 :] - column for column in columns)),
+            jnp.exp(sum(column[size - 1 :, : p.value_width] for column in columns)),
+        )
+
+    return of
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _part(p: Problem, ref: Any, c: int, h: int, width: int, *, step: Any = None) -> jax.Array:
+    """Chunk `c` of head `h`; rows after the last token are 0 where `step` says which grid step this is."""
+    size = p.tiling.chunk
+    x = ref[0, c * size : (c + 1) * size, h * width : (h + 1) * width]
+    if step is None or p.length % p.tiling.tokens == 0:
+        return x
+    row = step * p.tiling.tokens + c * size + _iota(x.shape, 0)
+    return jnp.where(row < p.length, x, 0)
+
+
+def _interleaved(units: Sequence[Any], lag: int, begin: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    """Every unit and what `begin` makes of it, begun `lag` units ahead of its turn."""
+    begun: dict[Any, Any] = {}
+    for i, unit in enumerate(units):
+        for ahead in units[i : i + lag + 1]:
+            if ahead not in begun:
+                begun[ahead] = begin(ahead)
+        yield unit, begun.pop(unit)
+
+
+def _forward_kernel(p: Problem, keep: bool, *refs: Any) -> None:
+    count = 3 if p.constant else 1
+    q_ref, k_ref, v_ref, *rest = refs
+    gate_refs, (s0_ref, *outs, carried) = rest[:count], rest[count:]
+    o_ref, end_ref = outs[:2]
+    step = pl.program_id(2)
+    size, t = p.tiling.chunk, p.tiling
+
+    @pl.when(step == 0)
+    def _() -> None:
+        carried[...] = s0_ref[0]
+
+    if keep:
+        outs[2][0, 0] = carried[...]
+    weights = _weights(p, gate_refs)
+    state = [carried[h] for h in range(t.heads)]
+
+    def begin(unit: tuple[int, int]) -> Any:
+        c, h = unit
+        w = weights(c, h)
+        k = _part(p, k_ref, c, h, p.width, step=step)
+        lhs = []
+        for r in range(p.group):
+            q = _part(p, q_ref, c, h * p.group + r, p.width)
+            scores = (_dot(q, k, (1, 1)) * w.pair).astype(q.dtype)
+            lhs.append(jnp.concatenate([scores, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1))
+        return w, k, lhs
+
+    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
+    for (c, h), (w, k, lhs) in _interleaved(units, t.lag, begin):
+        v = _part(p, v_ref, c, h, p.value_width, step=step)
+        rhs = jnp.concatenate([v, state[h].astype(v.dtype)], axis=0)
+        for r in range(p.group):
+            n = h * p.group + r
+            out = p.scale * _dot(lhs[r], rhs)
+            o_ref[0, c * size : (c + 1) * size, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
+        written = _dot((k * w.write[:, : p.width]).astype(k.dtype), v, (0, 0))
+        state[h] = w.total * state[h] + written
+    for h in range(t.heads):
+        carried[h] = state[h]
+
+    @pl.when(step == p.steps - 1)
+    def _() -> None:
+        end_ref[0] = carried[...]
+
+
+def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
+    count = 3 if p.constant else 1
+    q_ref, k_ref, v_ref, do_ref, *rest = refs
+    gate_refs, (start_ref, dend_ref, dq_ref, dk_ref, dv_ref, d0_ref, *more) = rest[:count], rest[count:]
+    states, carried = more[-2:]
+    step = p.steps - 1 - pl.program_id(2)
+    size, t = p.tiling.chunk, p.tiling
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        carried[...] = dend_ref[0]
+
+    weights = functools.cache(_weights(p, gate_refs))
+    tail = functools.partial(_part, p, step=step)
+
+    for h in range(t.heads):
+        states[0, h] = start_ref[0, 0, h]
+    # The state after the last chunk is wanted only by the gradient of the gates.
+    for c in range(t.chunks if with_gates else t.chunks - 1):
+        for h in range(t.heads):
+            w, k, v = weights(c, h), tail(k_ref, c, h, p.width), tail(v_ref, c, h, p.value_width)
+            states[c + 1, h] = w.total * states[c, h] + _dot((k * w.write[:, : p.width]).astype(k.dtype), v, (0, 0))
+
+    gradient = [carried[h] for h in range(t.heads)]
+
+    def begin(unit: tuple[int, int]) -> Any:
+        c, h = unit
+        w, k, v = weights(c, h), tail(k_ref, c, h, p.width), tail(v_ref, c, h, p.value_width)
+        scores = []
+        for r in range(p.group):
+            n = h * p.group + r
+            q, do = tail(q_ref, c, n, p.width), tail(do_ref, c, n, p.value_width)
+            a = p.scale * (_dot(q, k, (1, 1)) * w.pair)
+            b = p.scale * (_dot(do, v, (1, 1)) * w.pair)
+            scores.append((q, do, a.astype(q.dtype), b.astype(q.dtype)))
+        return w, k, v, scores
+
+    units = [(c, h) for c in reversed(range(t.chunks)) for h in range(t.heads)]
+    sums: list[jax.Array] = []
+    for (c, h), (w, k, v, scores) in _interleaved(units, t.lag, begin):
+        rows = slice(c * size, (c + 1) * size)
+        entered = states[c, h].astype(k.dtype)
+        left = gradient[h].astype(k.dtype)
+        dk = w.write[:, : p.width] * _dot(v, left, (1, 1))
+        dv = _dot((k * w.write[:, : p.width]).astype(k.dtype), left)
+        add = jnp.zeros_like(gradient[h])
+        by_row = jnp.zeros((size, p.width), jnp.float32)
+        for r, (q, do, a, b) in enumerate(scores):
+            n = h * p.group + r
+            read = p.scale * w.read
+            dq = _dot(b, k) + _dot((do * read[:, : p.value_width]).astype(do.dtype), entered, (1, 1))
+            dk += _dot(b, q, (0, 0))
+            dv += _dot(a, do, (0, 0))
+            add += _dot((q * read[:, : p.width]).astype(q.dtype), do, (0, 0))
+            dq_ref[0, rows, n * p.width : (n + 1) * p.width] = dq.astype(dq_ref.dtype)
+            if with_gates:
+                by_row += q * dq
+        dk_ref[0, rows, h * p.width : (h + 1) * p.width] = dk.astype(dk_ref.dtype)
+        dv_ref[0, rows, h * p.value_width : (h + 1) * p.value_width] = dv.astype(dv_ref.dtype)
+        if with_gates:
+            last = _iota((size, 1), 0) == size - 1
+            sums.append(
+                jnp.sum(by_row - k * dk, axis=1, keepdims=True)
+                + jnp.where(last, jnp.sum(states[c + 1, h] * gradient[h], keepdims=True), 0)
+            )
+            if len(sums) == t.heads:
+                more[0][0, 0, :, rows] = jnp.concatenate(sums, axis=1).T
+                sums.clear()
+        gradient[h] = w.total * gradient[h] + add
+    for h in range(t.heads):
+        carried[h] = gradient[h]
+
+    @pl.when(pl.program_id(2) == p.steps - 1)
+    def _() -> None:
+        d0_ref[0] = carried[...]
+
+
+def _specs(p: Problem, *, backward: bool) -> dict[str, pl.BlockSpec]:
+    """Blocks of every kind of array, at the grid step's place in time."""
+    t = p.tiling
+    when = (lambda i: p.steps - 1 - i) if backward else (lambda i: i)
+
+    def tokens(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, t.tokens, width), lambda b, h, i: (b, when(i), h))
+
+    def table(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((t.heads, t.chunk, width), lambda b, h, i: (h, 0, 0))
+
+    def per_head(count: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, count * t.heads, t.tokens), lambda b, h, i: (b, h, 0, when(i)))
+
+    state = (t.heads, p.width, p.value_width)
+    return {
+        "query": tokens(t.heads * p.group * p.width),
+        "key": tokens(t.heads * p.width),
+        "value": tokens(t.heads * p.value_width),
+        "out": tokens(t.heads * p.group * p.value_width),
+        "pair": table(t.chunk),
+        "wide": table(max(p.width, p.value_width)),
+        "gates": per_head(gates.parts(p.dtype)),
+        "sums": per_head(1),
+        "state": pl.BlockSpec((1, *state), lambda b, h, i: (b, h, 0, 0)),
+        "starts": pl.BlockSpec((1, 1, *state), lambda b, h, i: (b, when(i), h, 0, 0)),
+    }
+
+
+def _gate_specs(p: Problem, specs: dict[str, pl.BlockSpec]) -> list[pl.BlockSpec]:
+    return [specs["pair"], specs["wide"], specs["wide"]] if p.constant else [specs["gates"]]
+
+
+def _call(p: Problem, kernel: Any, name: str, flops: int, operands: Sequence[jax.Array], **options: Any) -> Any:
+    outs = jax.tree.leaves(options["out_shape"])
+    moved = sum(x.size * x.dtype.itemsize for x in (*operands, *outs))
+    return pl.pallas_call(
+        kernel,
+        grid=p.grid,
+        name=name,
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=p.tiling.vmem
+        ),
+        interpret=p.interpret,
+        **options,
+    )(*operands)
+
+
+def _shape(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def forward(
+    p: Problem,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gate: Sequence[jax.Array],
+    state: jax.Array,
+    *,
+    keep: bool,
+    out_dtype: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Outputs `[B, T, N * V]`, the state after the last token and, to `keep`, the state at the start of every step."""
+    specs = _specs(p, backward=False)
+    shape = (p.batch, p.heads, p.width, p.value_width)
+    out_shape = [
+        _shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query),
+        _shape(shape, jnp.float32, query),
+    ]
+    if keep:
+        out_shape.append(_shape((p.batch, p.steps, *shape[1:]), jnp.float32, query))
+    per_token = p.group * p.tiling.chunk * (p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
+    out, end, *starts = _call(
+        p,
+        functools.partial(_forward_kernel, p, keep),
+        "linear_attention_forward",
+        2 * p.batch * p.padded * p.heads * per_token,
+        (query, key, value, *gate, state),
+        in_specs=[specs["query"], specs["key"], specs["value"], *_gate_specs(p, specs), specs["state"]],
+        out_specs=[specs["out"], specs["state"], *[specs["starts"]] * keep],
+        out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM((p.tiling.heads, p.width, p.value_width), jnp.float32)],
+    )
+    return out, end, starts[0] if keep else None
+
+
+def backward(
+    p: Problem,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gate: Sequence[jax.Array],
+    starts: jax.Array,
+    out_gradient: jax.Array,
+    end_gradient: jax.Array,
+    *,
+    with_gates: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of query, key, value, the initial state and, `with_gates`, of the sums b `[B, K, padded]`."""
+    specs = _specs(p, backward=True)
+    t = p.tiling
+    state = (t.heads, p.width, p.value_width)
+    out_shape = [
+        *(_shape(x.shape, x.dtype, query) for x in (query, key, value)),
+        _shape((p.batch, p.heads, p.width, p.value_width), jnp.float32, query),
+    ]
+    if with_gates:
+        out_shape.append(_shape((p.batch, p.heads // t.heads, t.heads, p.padded), jnp.float32, query))
+    per_token = p.group * (2 * t.chunk * (p.width + p.value_width) + 2 * p.width * p.value_width)
+    per_token += t.chunk * 0 + 3 * p.width * p.value_width
+    dq, dk, dv, d0, *sums = _call(
+        p,
+        functools.partial(_backward_kernel, p, with_gates),
+        "linear_attention_backward",
+        2 * p.batch * p.padded * p.heads * per_token,
+        (query, key, value, out_gradient, *gate, starts, end_gradient),
+        in_specs=[
+            specs["query"],
+            specs["key"],
+            specs["value"],
+            specs["out"],
+            *_gate_specs(p, specs),
+            specs["starts"],
+            specs["state"],
+        ],
+        out_specs=[specs["query"], specs["key"], specs["value"], specs["state"], *[specs["sums"]] * with_gates],
+        out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM((t.chunks + 1, *state), jnp.float32), pltpu.VMEM(state, jnp.float32)],
+    )
+    return dq, dk, dv, d0, sums[0].reshape(p.batch, p.heads, p.padded) if with_gates else None
