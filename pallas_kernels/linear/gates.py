@@ -11,6 +11,8 @@ sums exactly. The same number, put where a packed sequence starts, keeps sequenc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,8 +33,13 @@ def separate(
 
 
 def parts(dtype: Any) -> int:
-    """In how many parts the sums come, for operands of `dtype`."""
+    """In how many parts the sums come, for operands of `dtype`: one sum of binary logarithms, or two of natural ones."""
     return 2 if dtype == jnp.float32 else 1
+
+
+def exponential(dtype: Any) -> Callable[[Array], Array]:
+    """exp of differences of `sums`. A chip has powers of 2; the factor between the logarithms would spoil exact sums."""
+    return jnp.exp if parts(dtype) == 2 else jnp.exp2
 
 
 def sums(
@@ -43,7 +50,7 @@ def sums(
     gate = jnp.pad(jnp.maximum(log_decay, FORGET), ((0, 0), (0, padded - length), (0, 0)))
     gate = jnp.moveaxis(gate, 1, 2).reshape(batch, heads, padded // chunk, chunk)
     coarse = jnp.round(gate * (1 / STEP)) * STEP
-    cut = [coarse, gate - coarse] if parts(dtype) == 2 else [gate]
+    cut = [coarse, gate - coarse] if parts(dtype) == 2 else [gate * math.log2(math.e)]
     return jnp.stack([jnp.cumsum(part, axis=-1) for part in cut], axis=2).reshape(batch, heads // together, -1, padded)
 
 

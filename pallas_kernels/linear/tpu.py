@@ -82,6 +82,7 @@ def _weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], _Weights]:
         # Tables are as wide as the wider of q and v.
         return lambda _, h: _Weights(pair[h], read[h], write[h], read[h, size - 1 : size, : p.value_width])
     (sums,) = refs
+    exp = gates.exponential(p.dtype)
     count, width = gates.parts(p.dtype), max(size, p.width, p.value_width)
     below = _iota((size, size), 0) >= _iota((size, size), 1)
 
@@ -97,10 +98,10 @@ def _weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], _Weights]:
         rows = [flat[i : i + 1] for i in range(count * h, count * (h + 1))]
         exponent = sum(column[:, :size] - row for column, row in zip(columns, rows, strict=True))
         return _Weights(
-            jnp.where(below, jnp.exp(exponent), 0),
-            jnp.exp(sum(columns)),
-            jnp.exp(sum(column[size - 1 :] - column for column in columns)),
-            jnp.exp(sum(column[size - 1 :, : p.value_width] for column in columns)),
+            jnp.where(below, exp(exponent), 0),
+            exp(sum(columns)),
+            exp(sum(column[size - 1 :] - column for column in columns)),
+            exp(sum(column[size - 1 :, : p.value_width] for column in columns)),
         )
 
     return of
@@ -156,18 +157,22 @@ def _forward_kernel(p: Problem, keep: bool, *refs: Any) -> None:
             q = _part(p, q_ref, c, h * p.group + r, p.width)
             scores = (_dot(q, k, (1, 1)) * w.pair).astype(q.dtype)
             lhs.append(jnp.concatenate([scores, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1))
-        return w, k, lhs
+        v = _part(p, v_ref, c, h, p.value_width, step=step)
+        # The token axis of k is turned around for k^T v, so k waits for nothing and v takes the decay.
+        return lhs, (v * w.write[:, : p.value_width]).astype(v.dtype), w.total
 
     units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
-    for (c, h), (w, k, lhs) in _interleaved(units, t.lag, begin):
+    for (c, h), (lhs, write, total) in _interleaved(units, t.lag, begin):
+        k = _part(p, k_ref, c, h, p.width, step=step)
         v = _part(p, v_ref, c, h, p.value_width, step=step)
         rhs = jnp.concatenate([v, state[h].astype(v.dtype)], axis=0)
         for r in range(p.group):
             n = h * p.group + r
-            out = p.scale * _dot(lhs[r], rhs)
+            out = _dot(lhs[r], rhs)
+            if p.scale != 1:
+                out *= p.scale
             o_ref[0, c * size : (c + 1) * size, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
-        written = _dot((k * w.write[:, : p.width]).astype(k.dtype), v, (0, 0))
-        state[h] = w.total * state[h] + written
+        state[h] = total * state[h] + _dot(k, write, (0, 0))
     for h in range(t.heads):
         carried[h] = state[h]
 
@@ -188,63 +193,64 @@ def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
     def _() -> None:
         carried[...] = dend_ref[0]
 
-    weights = functools.cache(_weights(p, gate_refs))
-    tail = functools.partial(_part, p, step=step)
+    weights = _weights(p, gate_refs)
+    part = functools.partial(_part, p, step=step)
 
     for h in range(t.heads):
         states[0, h] = start_ref[0, 0, h]
     # The state after the last chunk is wanted only by the gradient of the gates.
     for c in range(t.chunks if with_gates else t.chunks - 1):
         for h in range(t.heads):
-            w, k, v = weights(c, h), tail(k_ref, c, h, p.width), tail(v_ref, c, h, p.value_width)
-            states[c + 1, h] = w.total * states[c, h] + _dot((k * w.write[:, : p.width]).astype(k.dtype), v, (0, 0))
+            w = weights(c, h)
+            k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
+            written = _dot(k, (v * w.write[:, : p.value_width]).astype(v.dtype), (0, 0))
+            states[c + 1, h] = w.total * states[c, h] + written
 
     gradient = [carried[h] for h in range(t.heads)]
 
     def begin(unit: tuple[int, int]) -> Any:
         c, h = unit
-        w, k, v = weights(c, h), tail(k_ref, c, h, p.width), tail(v_ref, c, h, p.value_width)
-        scores = []
-        for r in range(p.group):
-            n = h * p.group + r
-            q, do = tail(q_ref, c, n, p.width), tail(do_ref, c, n, p.value_width)
-            a = p.scale * (_dot(q, k, (1, 1)) * w.pair)
-            b = p.scale * (_dot(do, v, (1, 1)) * w.pair)
-            scores.append((q, do, a.astype(q.dtype), b.astype(q.dtype)))
-        return w, k, v, scores
+        w, k, v = weights(c, h), part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
+        by_query = []
+        for n in range(h * p.group, (h + 1) * p.group):
+            q, do = part(q_ref, c, n, p.width), part(do_ref, c, n, p.value_width)
+            pair = p.scale * w.pair if p.scale != 1 else w.pair
+            a = (_dot(q, k, (1, 1)) * pair).astype(q.dtype)
+            b = (_dot(do, v, (1, 1)) * pair).astype(q.dtype)
+            read = p.scale * w.read if p.scale != 1 else w.read
+            by_query.append((a, b, (do * read[:, : p.value_width]).astype(do.dtype)))
+        return w.write, (v * w.write[:, : p.value_width]).astype(v.dtype), w.total, by_query
 
     units = [(c, h) for c in reversed(range(t.chunks)) for h in range(t.heads)]
     sums: list[jax.Array] = []
-    for (c, h), (w, k, v, scores) in _interleaved(units, t.lag, begin):
+    for (c, h), (write, written, kept, by_query) in _interleaved(units, t.lag, begin):
         rows = slice(c * size, (c + 1) * size)
+        k = part(k_ref, c, h, p.width)
         entered = states[c, h].astype(k.dtype)
         left = gradient[h].astype(k.dtype)
-        dk = w.write[:, : p.width] * _dot(v, left, (1, 1))
-        dv = _dot((k * w.write[:, : p.width]).astype(k.dtype), left)
-        add = jnp.zeros_like(gradient[h])
+        dk = _dot(written, left, (1, 1))
+        dv = write[:, : p.value_width] * _dot(k, left)
+        gradient_before = kept * gradient[h]
         by_row = jnp.zeros((size, p.width), jnp.float32)
-        for r, (q, do, a, b) in enumerate(scores):
+        for r, (a, b, read) in enumerate(by_query):
             n = h * p.group + r
-            read = p.scale * w.read
-            dq = _dot(b, k) + _dot((do * read[:, : p.value_width]).astype(do.dtype), entered, (1, 1))
+            q, do = part(q_ref, c, n, p.width), part(do_ref, c, n, p.value_width)
+            dq = _dot(b, k) + _dot(read, entered, (1, 1))
             dk += _dot(b, q, (0, 0))
             dv += _dot(a, do, (0, 0))
-            add += _dot((q * read[:, : p.width]).astype(q.dtype), do, (0, 0))
+            gradient_before += _dot(q, read, (0, 0))
             dq_ref[0, rows, n * p.width : (n + 1) * p.width] = dq.astype(dq_ref.dtype)
-            if with_gates:
-                by_row += q * dq
+            by_row += q * dq
         dk_ref[0, rows, h * p.width : (h + 1) * p.width] = dk.astype(dk_ref.dtype)
         dv_ref[0, rows, h * p.value_width : (h + 1) * p.value_width] = dv.astype(dv_ref.dtype)
         if with_gates:
             last = _iota((size, 1), 0) == size - 1
-            sums.append(
-                jnp.sum(by_row - k * dk, axis=1, keepdims=True)
-                + jnp.where(last, jnp.sum(states[c + 1, h] * gradient[h], keepdims=True), 0)
-            )
+            at_end = jnp.sum(states[c + 1, h] * gradient[h], keepdims=True)
+            sums.append(jnp.sum(by_row - k * dk, axis=1, keepdims=True) + jnp.where(last, at_end, 0))
             if len(sums) == t.heads:
                 more[0][0, 0, :, rows] = jnp.concatenate(sums, axis=1).T
                 sums.clear()
-        gradient[h] = w.total * gradient[h] + add
+        gradient[h] = gradient_before
     for h in range(t.heads):
         carried[h] = gradient[h]
 
