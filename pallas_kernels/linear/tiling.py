@@ -1,8 +1,21 @@
-"""How the kernels cut a problem up."""
+"""How the kernels cut a problem up.
+
+A grid step holds `chunks` chunks of `heads` heads. More of both gives the scheduler more independent products, until
+values no longer fit the registers; more chunks also mean fewer states to keep for the backward pass. The choice was made
+by `python -m pallas_kernels.lab report --family linear` on v5e, v5p, v6e and tpu7x with H = V = 128.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+LANES = 128
+UNITS = 32
+"""(chunk, head) units of a grid step: what a kernel's unrolled code holds, and its compile time follows."""
+VMEM = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +31,42 @@ class Tiling:
     chunks: int
     heads: int
     lag: int
-    vmem: int = 64 * 2**20
+    vmem: int = VMEM
 
     @property
     def tokens(self) -> int:
         return self.chunk * self.chunks
 
 
-def choose(length: int, heads: int) -> Tiling:
-    raise NotImplementedError
+def choose(length: int, heads: int, group: int, width: int, value_width: int, dtype: Any) -> Tiling:
+    """The cut for a problem: as many heads as fill whole lanes and fit, then as many chunks."""
+    chunk = LANES
+    size = jnp.dtype(dtype).itemsize
+    together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= 8 and _whole(heads, n, width, value_width))
+    chunks = max(min(UNITS // (together * group), -(-length // chunk)), 1)
+
+    def taken(chunks: int) -> int:
+        """Bytes of a backward step, the larger one: operands and results twice (the next ones are on their way)."""
+        tokens = chunk * chunks * together * (group * (2 * width + value_width) + 2 * width + 2 * value_width)
+        return 2 * size * tokens + 4 * together * width * value_width * (chunks + 6)
+
+    while chunks > 1 and taken(chunks) > VMEM // 2:
+        chunks -= 1
+    return Tiling(chunk, chunks, together, min(4, together))
+
+
+def _whole(heads: int, together: int, width: int, value_width: int) -> bool:
+    """Whether blocks of `together` heads are whole tiles of lanes, or all heads."""
+    return together == heads or (together * width % LANES == 0 and together * value_width % LANES == 0)
+
+
+def check(width: int, value_width: int, dtype: Any, blocks: Tiling | None) -> None:
+    """Raises `NotImplementedError` where no cut fits the memory of a core, `ValueError` for one that cannot be."""
+    if blocks is not None and (blocks.chunk < 8 or blocks.chunk & (blocks.chunk - 1)):
+        raise ValueError(f"blocks.chunk: expected a power of two from 8, got {blocks.chunk}")
+    # One head, one chunk: blocks twice, state, its gradient and the state at the step's start.
+    one = 2 * jnp.dtype(dtype).itemsize * LANES * (4 * width + 4 * value_width) + 4 * 8 * width * value_width
+    if one > VMEM:
+        raise NotImplementedError(
+            f"a state of {width} x {value_width} does not fit the kernel's {VMEM >> 20} MiB; heads of up to 1024 x 1024 do"
+        )
