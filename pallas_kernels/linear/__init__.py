@@ -58,13 +58,13 @@ def linear_attention(
     Raises:
       NotImplementedError: what the kernel does not do, with the reason.
     """
-    check(query, key, value, log_decay, platform=platform, blocks=blocks)
+    check(query, key, value, log_decay, blocks=blocks)
     batch, length, _, width = query.shape
     heads, value_width = key.shape[2], value.shape[-1]
     cut = blocks or tiling.choose(length, heads, query.shape[2] // heads, width, value_width, query.dtype)
     if segment_ids is not None:
         log_decay = gates.separate(log_decay, segment_ids)
-    elif log_decay.ndim == 1 and length % cut.tokens:
+    elif log_decay.ndim == 1 and length % cut.forward.tokens:
         # Tables know nothing of where the tokens end.
         log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
     call = _Call(scale, out_dtype or query.dtype, platform, cut)
@@ -72,9 +72,7 @@ def linear_attention(
     return _attend(call, *operands)
 
 
-def check(
-    query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platform, blocks: Tiling | None = None
-) -> None:
+def check(query: Any, key: Any, value: Any, log_decay: Any, *, blocks: Tiling | None = None) -> None:
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")

@@ -2,7 +2,7 @@
 
 A grid step holds `chunks` chunks of `heads` heads. More of both gives the scheduler more independent products, until
 values no longer fit the registers; more chunks also mean fewer states to keep for the backward pass. The choice was made
-by `python -m pallas_kernels.lab report --family linear` on v5e, v5p, v6e and tpu7x with H = V = 128.
+with `python -m pallas_kernels.lab report --family linear` for v5e, v5p, v6e and tpu7x at H = V = 128.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import jax.numpy as jnp
 
 LANES = 128
 UNITS = 32
-"""(chunk, head) units of a grid step: what a kernel's unrolled code holds, and its compile time follows."""
+"""(chunk, head) units of a backward step, written out one by one: compile time follows them."""
+LAG = 3
 VMEM = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """One grid step: `chunks` chunks of `chunk` tokens, for `heads` key heads.
+    """One grid step of the backward walk: `chunks` chunks of `chunk` tokens, for `heads` key heads.
 
     Attributes:
       lag: how many (chunk, head) units ahead the scores are computed.
+      times: a step of the forward walk, whose units are smaller, is so many of the backward walk's.
       vmem: bytes of on-chip memory that the kernel may take.
     """
 
@@ -31,11 +33,17 @@ class Tiling:
     chunks: int
     heads: int
     lag: int
+    times: int = 1
     vmem: int = VMEM
 
     @property
     def tokens(self) -> int:
         return self.chunk * self.chunks
+
+    @property
+    def forward(self) -> Tiling:
+        """The forward walk's step."""
+        return dataclasses.replace(self, chunks=self.chunks * self.times, times=1)
 
 
 def choose(length: int, heads: int, group: int, width: int, value_width: int, dtype: Any) -> Tiling:
@@ -52,7 +60,7 @@ def choose(length: int, heads: int, group: int, width: int, value_width: int, dt
 
     while chunks > 1 and taken(chunks) > VMEM // 2:
         chunks -= 1
-    return Tiling(chunk, chunks, together, min(4, together))
+    return Tiling(chunk, chunks, together, LAG, 2 if chunks * chunk < length else 1)
 
 
 def _whole(heads: int, together: int, width: int, value_width: int) -> bool:
@@ -68,5 +76,5 @@ def check(width: int, value_width: int, dtype: Any, blocks: Tiling | None) -> No
     one = 2 * jnp.dtype(dtype).itemsize * LANES * (4 * width + 4 * value_width) + 4 * 8 * width * value_width
     if one > VMEM:
         raise NotImplementedError(
-            f"a state of {width} x {value_width} does not fit the kernel's {VMEM >> 20} MiB; heads of up to 1024 x 1024 do"
+            f"a state of {width} x {value_width} does not fit the kernel's {VMEM >> 20} MiB; heads of 1024 x 1024 do"
         )

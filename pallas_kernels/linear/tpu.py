@@ -50,7 +50,9 @@ class Problem:
 
     @property
     def padded(self) -> int:
-        return self.steps * self.tiling.tokens
+        """The length in whole steps of the forward walk: that of the arrays that are made for the kernels."""
+        longest = self.tiling.forward.tokens
+        return -(-self.length // longest) * longest
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -131,7 +133,8 @@ def _interleaved(units: Sequence[Any], lag: int, begin: Callable[[Any], Any]) ->
         yield unit, begun.pop(unit)
 
 
-def _forward_kernel(p: Problem, keep: bool, *refs: Any) -> None:
+def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
+    """Writes the state before every `keep` chunks, unless `keep` is 0."""
     count = 3 if p.constant else 1
     q_ref, k_ref, v_ref, *rest = refs
     gate_refs, (s0_ref, *outs, carried) = rest[:count], rest[count:]
@@ -143,8 +146,6 @@ def _forward_kernel(p: Problem, keep: bool, *refs: Any) -> None:
     def _() -> None:
         carried[...] = s0_ref[0]
 
-    if keep:
-        outs[2][0, 0] = carried[...]
     weights = _weights(p, gate_refs)
     state = [carried[h] for h in range(t.heads)]
 
@@ -163,6 +164,8 @@ def _forward_kernel(p: Problem, keep: bool, *refs: Any) -> None:
 
     units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
     for (c, h), (lhs, write, total) in _interleaved(units, t.lag, begin):
+        if keep and c % keep == 0:
+            outs[2][0, c // keep, h] = state[h]
         k = _part(p, k_ref, c, h, p.width, step=step)
         v = _part(p, v_ref, c, h, p.value_width, step=step)
         rhs = jnp.concatenate([v, state[h].astype(v.dtype)], axis=0)
@@ -323,7 +326,9 @@ def forward(
     keep: bool,
     out_dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Outputs `[B, T, N * V]`, the state after the last token and, to `keep`, the state at the start of every step."""
+    """Outputs `[B, T, N * V]`, the state after the last token and, to `keep`, the state at the start of every step backward."""
+    every, times = p.tiling.chunks, p.tiling.times
+    p = dataclasses.replace(p, tiling=p.tiling.forward)
     specs = _specs(p, backward=False)
     shape = (p.batch, p.heads, p.width, p.value_width)
     out_shape = [
@@ -331,16 +336,20 @@ def forward(
         _shape(shape, jnp.float32, query),
     ]
     if keep:
-        out_shape.append(_shape((p.batch, p.steps, *shape[1:]), jnp.float32, query))
+        out_shape.append(_shape((p.batch, p.steps * times, *shape[1:]), jnp.float32, query))
     per_token = p.group * p.tiling.chunk * (p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
     out, end, *starts = _call(
         p,
-        functools.partial(_forward_kernel, p, keep),
+        functools.partial(_forward_kernel, p, every if keep else 0),
         "linear_attention_forward",
         2 * p.batch * p.padded * p.heads * per_token,
         (query, key, value, *gate, state),
         in_specs=[specs["query"], specs["key"], specs["value"], *_gate_specs(p, specs), specs["state"]],
-        out_specs=[specs["out"], specs["state"], *[specs["starts"]] * keep],
+        out_specs=[
+            specs["out"],
+            specs["state"],
+            *[pl.BlockSpec((1, times, *specs["starts"].block_shape[2:]), specs["starts"].index_map)] * keep,
+        ],
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((p.tiling.heads, p.width, p.value_width), jnp.float32)],
     )
