@@ -22,7 +22,7 @@ from pallas_kernels.linear.tiling import Tiling
 Platform = Literal["tpu", "interpret"]
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What is fixed while tracing."""
 
     scale: float
@@ -61,15 +61,15 @@ def linear_attention(
     check(query, key, value, log_decay, blocks=blocks)
     batch, length, _, width = query.shape
     heads, value_width = key.shape[2], value.shape[-1]
-    cut = blocks or tiling.choose(length, heads, query.shape[2] // heads, width, value_width, query.dtype)
+    cut = blocks or tiling.choose(batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
     if segment_ids is not None:
         log_decay = gates.separate(log_decay, segment_ids)
     elif log_decay.ndim == 1 and length % cut.forward.tokens:
         # Tables know nothing of where the tokens end.
         log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
-    call = _Call(scale, out_dtype or query.dtype, platform, cut)
+    call = Call(scale, out_dtype or query.dtype, platform, cut)
     operands = _alike(query, key, value, log_decay, state)
-    return _attend(call, *operands)
+    return attend(call, *operands)
 
 
 def check(query: Any, key: Any, value: Any, log_decay: Any, *, blocks: Tiling | None = None) -> None:
@@ -92,7 +92,7 @@ def _alike(*operands: Array) -> list[Array]:
     ]
 
 
-def _problem(call: _Call, query: Array, key: Array, value: Array, log_decay: Array) -> tpu.Problem:
+def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array) -> tpu.Problem:
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
     return tpu.Problem(
@@ -120,7 +120,7 @@ def _flat(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _run(call: _Call, keep: bool, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> Any:
+def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> Any:
     p = _problem(call, query, key, value, log_decay)
     out, end, starts = tpu.forward(
         p, _flat(query), _flat(key), _flat(value), _gates(p, log_decay), state, keep=keep, out_dtype=call.out_dtype
@@ -129,11 +129,11 @@ def _run(call: _Call, keep: bool, query: Array, key: Array, value: Array, log_de
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:
+def attend(call: Call, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:
     return _run(call, False, query, key, value, log_decay, state)[0]
 
 
-def _attend_forward(call: _Call, *operands: Any) -> Any:
+def attend_forward(call: Call, *operands: Any) -> Any:
     query, key, value, log_decay, state = (x.value for x in operands)
     out, starts = _run(call, True, query, key, value, log_decay, state)
     # The gradient of the gates costs about a tenth of the backward pass, and slopes of Lightning Attention want none.
@@ -141,7 +141,7 @@ def _attend_forward(call: _Call, *operands: Any) -> Any:
     return out, (query, key, value, log_decay, starts, wanted)
 
 
-def _attend_backward(call: _Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     query, key, value, log_decay, starts, wanted = residuals
     out_gradient, end_gradient = (
         jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents
@@ -167,4 +167,4 @@ def _attend_backward(call: _Call, residuals: Any, cotangents: tuple[Any, Any]) -
     return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dgates, dstate
 
 
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+attend.defvjp(attend_forward, attend_backward, symbolic_zeros=True)

@@ -33,12 +33,12 @@ def separate(
 
 
 def parts(dtype: Any) -> int:
-    """In how many parts the sums come, for operands of `dtype`: one sum of binary logarithms, or two of natural ones."""
+    """How many sums stand for b, for operands of `dtype`: one of binary logarithms, or two of natural ones."""
     return 2 if dtype == jnp.float32 else 1
 
 
 def exponential(dtype: Any) -> Callable[[Array], Array]:
-    """exp of differences of `sums`. A chip has powers of 2; the factor between the logarithms would spoil exact sums."""
+    """exp of differences of `sums`. Chips have powers of 2, but the factor between logarithms spoils exact sums."""
     return jnp.exp if parts(dtype) == 2 else jnp.exp2
 
 
@@ -68,7 +68,7 @@ def of_sums(
 def tables(
     log_decay: Float[Array, " K"], chunk: int, width: int
 ) -> tuple[Float[Array, "K C C"], Float[Array, "K C width"], Float[Array, "K C width"]]:
-    """exp((r - j) g) at and below the diagonal, exp(r g) and exp((C - r) g): of gates that are the same for all tokens."""
+    """exp((r - j) g) at and below the diagonal, exp(r g) and exp((C - r) g): for gates alike for all tokens."""
     gate = jnp.maximum(log_decay, FORGET)[:, None, None]
     row = jnp.arange(1, chunk + 1, dtype=jnp.float32)[:, None]
     distance = row - row.T

@@ -1,8 +1,8 @@
 """How the kernels cut a problem up.
 
 A grid step holds `chunks` chunks of `heads` heads. More of both gives the scheduler more independent products, until
-values no longer fit the registers; more chunks also mean fewer states to keep for the backward pass. The choice was made
-with `python -m pallas_kernels.lab report --family linear` for v5e, v5p, v6e and tpu7x at H = V = 128.
+values no longer fit the registers; more chunks also mean fewer states to keep for the backward pass. Chosen with
+`python -m pallas_kernels.lab report --family linear` for v5e, v5p, v6e and tpu7x at H = V = 128.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 LANES = 128
@@ -46,21 +47,47 @@ class Tiling:
         return dataclasses.replace(self, chunks=self.chunks * self.times, times=1)
 
 
-def choose(length: int, heads: int, group: int, width: int, value_width: int, dtype: Any) -> Tiling:
-    """The cut for a problem: as many heads as fill whole lanes and fit, then as many chunks."""
-    chunk = LANES
-    size = jnp.dtype(dtype).itemsize
-    together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= 8 and _whole(heads, n, width, value_width))
+def choose(
+    batch: int,
+    length: int,
+    heads: int,
+    group: int,
+    width: int,
+    value_width: int,
+    dtype: Any,
+    *,
+    cores: int | None = None,
+) -> Tiling:
+    """The cut for a problem: as many heads as fill whole lanes, fit and leave no core idle; then as many chunks.
+
+    Args:
+      cores: of a device; `None` asks the device that is compiled for, where it is known.
+    """
+    chunk, size = LANES, jnp.dtype(dtype).itemsize
+    cores = cores or _cores()
+    possible = [n for n in range(1, min(heads, 8) + 1) if heads % n == 0 and _whole(heads, n, width, value_width)]
+    busy = [n for n in possible if batch * (heads // n) % cores == 0]
+    together = max(busy or possible or [heads])
     chunks = max(min(UNITS // (together * group), -(-length // chunk)), 1)
 
     def taken(chunks: int) -> int:
-        """Bytes of a backward step, the larger one: operands and results twice (the next ones are on their way)."""
+        """Bytes of a backward step, the larger one: operands and results twice, for the next ones are on their way."""
         tokens = chunk * chunks * together * (group * (2 * width + value_width) + 2 * width + 2 * value_width)
         return 2 * size * tokens + 4 * together * width * value_width * (chunks + 6)
 
     while chunks > 1 and taken(chunks) > VMEM // 2:
         chunks -= 1
     return Tiling(chunk, chunks, together, LAG, 2 if chunks * chunk < length else 1)
+
+
+def _cores() -> int:
+    """Two on TPU v4 and v5p, whose programs are shared out over both."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        kind = described.device_kind
+    else:
+        kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
+    return 2 if kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
 
 
 def _whole(heads: int, together: int, width: int, value_width: int) -> bool:

@@ -326,7 +326,7 @@ def forward(
     keep: bool,
     out_dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Outputs `[B, T, N * V]`, the state after the last token and, to `keep`, the state at the start of every step backward."""
+    """Outputs `[B, T, N * V]`, the state after the last token and, to `keep`, the state before every step backward."""
     every, times = p.tiling.chunks, p.tiling.times
     p = dataclasses.replace(p, tiling=p.tiling.forward)
     specs = _specs(p, backward=False)
@@ -379,7 +379,7 @@ def backward(
     if with_gates:
         out_shape.append(_shape((p.batch, p.heads // t.heads, t.heads, p.padded), jnp.float32, query))
     per_token = p.group * (2 * t.chunk * (p.width + p.value_width) + 2 * p.width * p.value_width)
-    per_token += t.chunk * 0 + 3 * p.width * p.value_width
+    per_token += 3 * p.width * p.value_width
     dq, dk, dv, d0, *sums = _call(
         p,
         functools.partial(_backward_kernel, p, with_gates),
