@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 Feature = Literal[
-    "bias", "mask", "grouped_heads", "value_dim", "cross", "lse", "segments", "state", "decay", "sinks", "soft_cap"
-]
+    "bias", "mask", "grouped_heads", "value_dim", "cross", "lse", "segments", "state", "decay", "channel_decay",
+    "sinks", "soft_cap",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,60 @@ CATALOG: tuple[Entry, ...] = (
         causality="is",
         features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state"}),
         golden="lightning_attention2",
+    ),
+    Entry(
+        name="retnet",
+        op="jattn.linear.retention:retention",
+        step="jattn.linear.retention:retention_step",
+        summary="linear attention with decays per head that are powers of two away from 1",
+        paper="Sun et al. 2023, eq. 5",
+        cost="T (C (H + V) + H V)",
+        causality="is",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state"}),
+    ),
+    Entry(
+        name="simple_gla",
+        op="jattn.linear.gated:simple_gla",
+        step="jattn.linear.gated:simple_gla_step",
+        summary="linear attention with a decay per token and head (Mamba-2's recurrence)",
+        paper="Dao and Gu 2024, eq. 16",
+        cost="T (C (H + V) + H V)",
+        causality="is",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
+        golden="gla",
+    ),
+    Entry(
+        name="delta_rule",
+        op="jattn.linear.delta_rule:delta_rule",
+        step="jattn.linear.delta_rule:delta_rule_step",
+        summary="linear attention that overwrites what it holds under a key, with any decay or none",
+        paper="Schlag et al. 2021, eq. 24; Yang et al. 2024, section 3",
+        cost="T (C (C + H + V) + H (H + V))",
+        causality="is",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
+        golden="gated_delta_rule",
+    ),
+    Entry(
+        name="gated_delta_rule",
+        op="jattn.linear.gated:gated_delta_rule",
+        step="jattn.linear.delta_rule:delta_rule_step",
+        summary="the delta rule with a decay per token and head",
+        paper="Yang et al. 2025, eq. 10",
+        cost="T (C (C + H + V) + H (H + V))",
+        causality="is",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
+        golden="gated_delta_rule",
+    ),
+    Entry(
+        name="kda",
+        op="jattn.linear.gated:kda",
+        step="jattn.linear.delta_rule:delta_rule_step",
+        summary="the delta rule with a decay per token and key channel",
+        paper="Kimi Linear 2025, eq. 1",
+        cost="T (C (C + H + V) + H (H + V))",
+        causality="is",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay", "channel_decay"}),
+        golden="gated_delta_rule",
     ),
 )
 

@@ -140,14 +140,12 @@ def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice,
         return lambda *operands: implementation.run(*operands, **options)
 
     here = jax.default_backend()
-    if (
-        here in PLATFORMS
-        and here not in chosen
-        and not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
-    ):
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
+    if here in PLATFORMS and here not in chosen and not is_traced:
         names = ", ".join(implementation.name for implementation in chosen.values())
         raise NotImplementedError(
-            f"implementation: {names} of {op} runs on {', '.join(chosen)}, and this is {here}; None chooses what runs here"
+            f"implementation: {names} of {op} runs on {', '.join(chosen)}, and this is {here}; "
+            "None takes what runs here"
         )
     first = next(iter(chosen.values()))
     if len(chosen) == len(PLATFORMS) and all(implementation is first for implementation in chosen.values()):

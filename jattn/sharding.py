@@ -3,6 +3,7 @@
 `shard_attention(op, mesh, ...)` gives a function that takes and returns global arrays. Batch and heads are
 independent. Along the sequence (context parallelism) a device holds a piece of the tokens and
 - linear attention exchanges states: S_in[i] = S[i-1] + decay[i-1] * S_in[i-1], one `[H, V]` state per head and device;
+- the delta rule exchanges affine maps of states: S_in[i] = R[i-1] + M[i-1] S_in[i-1], with an `[H, H]` matrix M;
 - a sliding window fetches the keys and values within reach of its neighbours (a halo exchange);
 - softmax attention passes keys and values round a ring and merges the partial results by their log-sum-exp (Liu et al.
 2023).
@@ -23,11 +24,16 @@ from jaxtyping import Array, Float
 
 from jattn import masks
 from jattn.dot_product import dot_product_attention, merge_attentions
+from jattn.linear.arguments import LinearState
+from jattn.linear.delta_rule import delta_rule
+from jattn.linear.gated import gated_delta_rule, kda, simple_gla
 from jattn.linear.lightning import lightning_attention
-from jattn.linear.recurrence import LinearState, linear_attention
+from jattn.linear.recurrence import linear_attention
+from jattn.linear.retention import retention, retention_gamma
 from jattn.sparse.sliding_window import sliding_window_attention
 
 Axes = str | Sequence[str] | None
+ARRAYS = ("segment_ids", "log_decay", "slopes", "gamma", "beta")
 
 
 def shard_attention(
@@ -42,15 +48,16 @@ def shard_attention(
     """`op` over the axes of `mesh`.
 
     Args:
-      op: `dot_product_attention`, `sliding_window_attention`, `linear_attention` or `lightning_attention`.
+      op: `dot_product_attention`, `sliding_window_attention`, `linear_attention` and its named forms
+        (`lightning_attention`, `retention`, `simple_gla`), `delta_rule` and its (`gated_delta_rule`, `kda`).
       mesh: the devices.
-      batch, heads: mesh axes that split B, and N and K; every size must divide.
+      batch, heads: mesh axes that split B, and the heads of queries, keys and values; every size must divide.
       context: the mesh axis that splits the sequence into consecutive pieces of equal length.
       options: static options of the op, none of them an array.
 
     Returns:
-      `f(query, key, value, segment_ids=None, log_decay=None, slopes=None)` on global arrays. Only the array arguments
-      that the op has may be given.
+      `f(query, key, value, *, segment_ids=None, log_decay=None, slopes=None, gamma=None, beta=None)` on global arrays.
+      Only the array arguments that the op has may be given.
 
     Raises:
       NotImplementedError: another array, another result, or a combination with `context` that is not made: the
@@ -63,6 +70,11 @@ def shard_attention(
         sliding_window_attention: _halo,
         linear_attention: _state_scan,
         lightning_attention: _lightning_scan,
+        retention: _retention_scan,
+        simple_gla: _simple_gla_scan,
+        delta_rule: _affine_scan,
+        gated_delta_rule: _affine_scan,
+        kda: _affine_scan,
     }
     if op not in table:
         names = ", ".join(known.__name__ for known in table)
@@ -70,28 +82,25 @@ def shard_attention(
     _check_axes(mesh, batch=batch, heads=heads, context=context)
     _check_options(heads, options)
 
-    def sharded(
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        segment_ids: Array | None = None,
-        log_decay: Array | None = None,
-        slopes: Array | None = None,
-    ) -> Array:
-        if context is not None and isinstance(segment_ids, tuple):
-            raise NotImplementedError("segment_ids: with context, expected one array for queries and keys, got a pair")
-        given = {"segment_ids": segment_ids, "log_decay": log_decay, "slopes": slopes}
+    def sharded(query: Array, key: Array, value: Array, **given: Array | None) -> Array:
+        for name in given:
+            if name not in ARRAYS:
+                raise TypeError(f"{name}: expected one of {', '.join(ARRAYS)}")
         arrays = {name: array for name, array in given.items() if array is not None}
+        if context is not None and isinstance(arrays.get("segment_ids"), tuple):
+            raise NotImplementedError("segment_ids: with context, expected one array for queries and keys, got a pair")
         # What is wrong with the call as such, the op says in the terms of the call, not of a piece of it.
         jax.eval_shape(lambda *operands: op(*operands[:3], **operands[3], **options), query, key, value, arrays)
-        _check_divides(mesh, ("query", query), ("key", key), batch=batch, heads=heads, context=context)
+        operands = (("query", query), ("key", key), ("value", value))
+        _check_divides(mesh, *operands, batch=batch, heads=heads, context=context)
+        if op is retention:  # a device does not know which heads it has
+            arrays.setdefault("gamma", retention_gamma(key.shape[2]))
 
         token = P(batch, context, heads, None)
         gate = {1: P(heads), 3: P(batch, context, heads), 4: token}
-        specs = {"segment_ids": P(batch, context), "slopes": P(heads)}
-        if log_decay is not None:
-            specs["log_decay"] = gate[log_decay.ndim]
+        specs = {"segment_ids": P(batch, context), "slopes": P(heads), "gamma": P(heads), "beta": gate[3]}
+        if "log_decay" in arrays:
+            specs["log_decay"] = gate[arrays["log_decay"].ndim]
 
         def body(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
             if context is None:
@@ -125,7 +134,7 @@ def _check_options(heads: Axes, options: dict[str, Any]) -> None:
     for name, option in options.items():
         if any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(option)):
             raise NotImplementedError(
-                f"{name}: arrays are split over the mesh only as query, key, value, segment_ids, log_decay and slopes"
+                f"{name}: arrays are split over the mesh only as query, key, value, {', '.join(ARRAYS)}"
             )
         if name in ("return_lse", "return_state") and option:
             raise NotImplementedError(f"{name}: only the output is returned from the mesh")
@@ -250,6 +259,17 @@ def _lightning_scan(
     return _state_scan(query, key, value, axis=axis, log_decay=None if slopes is None else -slopes, **options)
 
 
+def _retention_scan(query: Array, key: Array, value: Array, *, axis: str, gamma: Array, **options: Any) -> Array:
+    return _simple_gla_scan(query, key, value, axis=axis, log_decay=jnp.log(gamma), **options)
+
+
+def _simple_gla_scan(
+    query: Array, key: Array, value: Array, *, axis: str, scale: float | None = None, **options: Any
+) -> Array:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _state_scan(query, key, value, axis=axis, scale=scale, **options)
+
+
 def _state_scan(
     query: Array,
     key: Array,
@@ -268,37 +288,82 @@ def _state_scan(
     arguments = (query, key, value, log_decay)
     keywords: dict[str, Any] = {"segment_ids": segment_ids, "is_causal": True, **options}
     _, local = linear_attention(*arguments, return_state=True, **keywords)
-    # decay: [B or 1, K or 1, H or 1] over the whole piece.
+    # kept: [B, K, H], of what enters the piece; nothing passes through one in which a segment begins.
     if log_decay is None:
-        decay = jnp.ones((1, 1, 1), local.S.dtype)
+        kept = jnp.ones((1, 1, 1), local.S.dtype)
     elif log_decay.ndim == 1:
-        decay = jnp.exp(log_decay.astype(local.S.dtype) * key.shape[1])[None, :, None]
+        kept = jnp.exp(log_decay.astype(local.S.dtype) * key.shape[1])[None, :, None]
     else:
         summed = jnp.sum(log_decay.astype(local.S.dtype), axis=1)
-        decay = jnp.exp(summed if summed.ndim == 3 else summed[..., None])
-    decay = jnp.broadcast_to(decay, local.S.shape[:3])
-    first = last = jnp.zeros((query.shape[0],), jnp.int32)
+        kept = jnp.exp(summed if summed.ndim == 3 else summed[..., None])
+    if segment_ids is not None:
+        kept = jnp.where((segment_ids[:, 0] == segment_ids[:, -1])[:, None, None], kept, 0)
+    kept = jnp.broadcast_to(kept, local.S.shape[:3])
+
+    def leaves(piece: tuple[LinearState, Array], state: LinearState) -> LinearState:
+        local, kept = piece
+        S = local.S + kept[..., None] * state.S
+        return LinearState(S, None if local.z is None or state.z is None else local.z + kept * state.z)
+
+    start = jax.tree.map(jnp.zeros_like, local)
+    entering = _entering(leaves, (local, kept), start, segment_ids, axis)
+    return linear_attention(*arguments, initial_state=entering, **keywords)
+
+
+def _affine_scan(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis: str,
+    beta: Array | None = None,
+    log_decay: Array | None = None,
+    segment_ids: Array | None = None,
+    **options: Any,
+) -> Array:
+    """The delta rule that starts every piece from the state at the end of the pieces before it.
+
+    A piece takes a state S to R + M S. R is what it makes of 0 with its values, M what it makes of I without: one run
+    with the channels of both.
+    """
+    if options.get("reverse"):
+        raise NotImplementedError("context: the state scan does the delta rule without reverse")
+    batch, length, heads, width = *value.shape[:3], query.shape[3]
+    nothing = jnp.zeros((batch, length, heads, width), value.dtype)
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    S = jnp.broadcast_to(jnp.eye(width, dtype=dtype), (batch, heads, width, width))
+    S = jnp.concatenate([jnp.zeros((*S.shape[:3], value.shape[3]), dtype), S], axis=-1)
+    values = jnp.concatenate([value, nothing], axis=-1)
+    gates: dict[str, Any] = {"beta": beta, "log_decay": log_decay, "segment_ids": segment_ids, **options}
+    _, local = delta_rule(key, key, values, initial_state=LinearState(S, None), return_state=True, **gates)
+    R, M = local.S[..., : value.shape[3]], local.S[..., value.shape[3] :]
+    start = LinearState(jnp.zeros_like(R), None)
+    entering = _entering(
+        lambda piece, s: LinearState(piece[0] + piece[1] @ s.S, None), (R, M), start, segment_ids, axis
+    )
+    return delta_rule(query, key, value, initial_state=entering, **gates)
+
+
+def _entering(
+    leaves: Callable[[Any, LinearState], LinearState],
+    piece: Any,
+    start: LinearState,
+    segment_ids: Array | None,
+    axis: str,
+) -> LinearState:
+    """The state that enters this device's piece; `leaves(piece, state)` is the one after a piece that `state` enters.
+
+    A state goes on into the next piece if this begins with the segment that the last one ended in.
+    """
+    first = last = jnp.zeros((start.S.shape[0],), jnp.int32)
     if segment_ids is not None:
         first, last = segment_ids[:, 0], segment_ids[:, -1]
-    pieces = jax.lax.all_gather((local, decay, first, last), axis)
-    incoming = _prefix_states(*pieces)
-    mine = jax.tree.map(lambda x: x[jax.lax.axis_index(axis)], incoming)
-    return linear_attention(*arguments, initial_state=mine, **keywords)
+    pieces, first, last = jax.lax.all_gather((piece, first, last), axis)
+    onward = last == jnp.roll(first, -1, axis=0)
 
+    def step(state: LinearState, piece: tuple[Any, Array]) -> tuple[LinearState, LinearState]:
+        after = leaves(piece[0], state)
+        return jax.tree.map(lambda x: jnp.where(piece[1].reshape(-1, *[1] * (x.ndim - 1)), x, 0), after), state
 
-def _prefix_states(local: LinearState, decay: Array, first: Array, last: Array) -> LinearState:
-    """The state before each piece from those at the end of each piece alone; all arguments have a leading piece
-    axis."""
-
-    def combine(carry: LinearState, piece: tuple[Any, ...]) -> tuple[LinearState, LinearState]:
-        state, kept, begins, ends, next_begins = piece
-        # A state passes through a piece that is one segment, and on into a piece that begins with the same segment.
-        through = (begins == ends)[:, None, None] * kept
-        onward = (ends == next_begins)[:, None, None]
-        s = onward[..., None] * (state.S + through[..., None] * carry.S)
-        z = None if state.z is None else onward * (state.z + through * carry.z)
-        return LinearState(s, z), carry
-
-    start = jax.tree.map(lambda x: jnp.zeros_like(x[0]), local)
-    next_first = jnp.roll(first, -1, axis=0)
-    return jax.lax.scan(combine, start, (local, decay, first, last, next_first))[1]
+    _, before = jax.lax.scan(step, start, (pieces, onward))
+    return jax.tree.map(lambda x: x[jax.lax.axis_index(axis)], before)

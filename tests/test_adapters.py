@@ -52,7 +52,8 @@ def test_every_op_runs_in_both_layers_and_is_what_they_compute(entry, x):
     p = parameters["params"]
     heads = (jnp.einsum("btd,dnh->btnh", x, p[name]["kernel"]) + p[name]["bias"] for name in ("query", "key", "value"))
     expected = jnp.einsum("btnh,nhd->btd", op(*heads, **fixed(entry)), p["out"]["kernel"]) + p["out"]["bias"]
-    np.testing.assert_allclose(module.apply(parameters, x), expected, atol=1e-5)
+    # With keys of any length a delta rule's outputs may grow to hundreds.
+    np.testing.assert_allclose(module.apply(parameters, x), expected, atol=1e-5, rtol=1e-6)
 
 
 def test_softmax_is_flax_softmax_with_masks_and_causality(x):

@@ -22,8 +22,9 @@ from jattn import catalog, masks
 from jattn.linear.recurrence import LinearState
 
 B, T, N, K, H, V = 2, 13, 6, 3, 5, 7
-ARRAYS = ("query", "key", "value", "bias", "sinks", "log_decay", "slopes")
+ARRAYS = ("query", "key", "value", "bias", "sinks", "beta", "log_decay", "slopes", "gamma")
 OPERANDS = ("query", "key", "value")
+UNSCALED = ("linear", "lightning")
 
 
 def good(entry: catalog.Entry) -> dict[str, Any]:
@@ -31,11 +32,15 @@ def good(entry: catalog.Entry) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shapes = {
         "query": (B, T, N, H), "key": (B, T, K, H), "value": (B, T, K, V), "bias": (B, N, T, T), "sinks": (N,),
-        "log_decay": (B, T, K), "slopes": (K,),
+        "log_decay": (B, T, K, H) if "channel_decay" in entry.features else (B, T, K), "slopes": (K,), "gamma": (K,),
+        "beta": (B, T, K),
     }  # fmt: skip
     x: dict[str, Any] = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     x["log_decay"] = -np.abs(x["log_decay"])
     x["slopes"] = np.abs(x["slopes"])
+    x["gamma"], x["beta"] = (1 / (1 + np.exp(-x[name])) for name in ("gamma", "beta"))
+    if "beta" in inspect.signature(entry.load_op()).parameters:
+        x["key"] /= np.linalg.norm(x["key"], axis=-1, keepdims=True)
     x["segment_ids"] = np.sort(rng.integers(0, 3, (B, T))).astype(np.int32)
     x["mask"] = np.ones((B, 1, 1, T), bool)
     x["initial_state"] = LinearState(rng.standard_normal((B, K, H, V)).astype(np.float32), None)
@@ -75,7 +80,10 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
     """The output in float64 from all `[B, N, T, S]` weights at once."""
     x = {name: leaf for name, leaf in x.items() if leaf is not None}
     wide = {name: np.asarray(x[name], np.float64) for name in ARRAYS if name in x}
+    if "beta" in inspect.signature(entry.load_op()).parameters:
+        return overwritten(wide, x)
     groups = x["query"].shape[2] // x["key"].shape[2]
+    scale = 1.0 if entry.name in UNSCALED else x["query"].shape[3] ** -0.5
     query, key, value = (np.moveaxis(wide[name], 2, 1) for name in OPERANDS)
     key, value = (np.repeat(array, groups, axis=1) for array in (key, value))
     distance = np.arange(query.shape[2])[:, None] - np.arange(key.shape[2])
@@ -89,24 +97,53 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
     if "state" in entry.features:
         gates = np.zeros(x["key"].shape[:3])
         gates = gates + wide.get("log_decay", 0) - wide.get("slopes", 0)
+        if "gamma" in inspect.signature(entry.load_op()).parameters:
+            gates = gates + np.log(wide.get("gamma", 1 - 2.0 ** (-5 - np.arange(gates.shape[2]))))
         sums = np.cumsum(np.repeat(np.moveaxis(gates, 2, 1), groups, axis=1), axis=2)
         weights = np.where(allowed, products * np.exp(-np.abs(sums[..., None] - sums[..., None, :])), 0)
         out = weights @ value
         if "initial_state" in x:
             state = np.repeat(np.asarray(x["initial_state"].S, np.float64), groups, axis=1)
             out = out + np.exp(sums)[..., None] * (query @ state)
-        return np.moveaxis(x.get("scale", 1.0) * out, 1, 2)
+        return np.moveaxis(x.get("scale", scale) * out, 1, 2)
     if "window" in x:
         left, right = x["window"] if isinstance(x["window"], tuple) else (x["window"] - 1, 0)
         distance = distance + x.get("offset", 0)
         allowed = allowed & (distance <= left) & (distance >= -right)
-    logits = x.get("scale", query.shape[3] ** -0.5) * products + wide.get("bias", 0)
+    logits = x.get("scale", scale) * products + wide.get("bias", 0)
     if "logits_soft_cap" in x:
         logits = x["logits_soft_cap"] * np.tanh(logits / x["logits_soft_cap"])
     weights = np.where(allowed, np.exp(logits), 0)
     total = weights.sum(axis=-1, keepdims=True)
     total = total + (np.exp(wide["sinks"])[:, None, None] if "sinks" in wide else 0)
     return np.moveaxis(weights / np.where(total == 0, 1, total) @ value, 1, 2)
+
+
+def overwritten(wide: dict[str, np.ndarray], x: dict[str, Any]) -> np.ndarray:
+    """The delta rule, every state on its own and one token after another."""
+    query, key, value = (wide[name] for name in OPERANDS)
+    states, heads = value.shape[2], max(query.shape[2], value.shape[2])
+    beta = wide.get("beta", np.ones(value.shape[:3]))
+    gates = wide.get("log_decay", np.zeros(value.shape[:3]))
+    gates = gates if gates.ndim == 4 else np.broadcast_to(gates, value.shape[:3])[..., None]
+    query = np.repeat(query, heads // query.shape[2], axis=2)
+    key = np.repeat(key, states // key.shape[2], axis=2)
+    real = np.broadcast_to(x.get("mask", True), (len(query), 1, 1, query.shape[1]))[:, 0, 0]
+    ids = x.get("segment_ids", np.zeros(query.shape[:2]))
+    out = np.zeros((*query.shape[:3], value.shape[3]))
+    for b, n in np.ndindex(len(query), heads):
+        h = n * states // heads
+        state = np.zeros((query.shape[3], value.shape[3]))
+        if "initial_state" in x:
+            state = np.asarray(x["initial_state"].S, np.float64)[b, h]
+        for t in range(query.shape[1]):
+            state = state * (ids[b, t] == ids[b, max(t - 1, 0)])
+            if real[b, t]:
+                k = key[b, t, h]
+                state = np.exp(gates[b, t, h])[:, None] * state
+                state = state + beta[b, t, h] * np.outer(k, value[b, t, h] - state.T @ k)
+            out[b, t, n] = query[b, t, n] @ state
+    return x.get("scale", query.shape[3] ** -0.5) * out
 
 
 def shape_changes(x: np.ndarray) -> dict[str, Any]:

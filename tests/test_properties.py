@@ -55,13 +55,18 @@ def arguments(
     kv_heads = K if "grouped_heads" in entry.features else N
     value_dim = V if "value_dim" in entry.features else H
     normal = rng.standard_normal
+    # A delta rule is a contraction where keys have length 1.
+    key_length = H**-0.5 if "beta" in parameters(entry) else 1.0
+    channels = (H,) if "channel_decay" in entry.features else ()
     makers: dict[str, Any] = {
         "query": lambda: normal((batch, length, N, H)),
-        "key": lambda: normal((batch, length, kv_heads, H)),
+        "key": lambda: key_length * normal((batch, length, kv_heads, H)),
         "value": lambda: normal((batch, length, kv_heads, value_dim)),
         "sinks": lambda: normal(N),
         "slopes": lambda: rng.uniform(0.1, 0.5, kv_heads),
-        "log_decay": lambda: -rng.exponential(0.3, (batch, length, kv_heads)),
+        "gamma": lambda: rng.uniform(0.6, 0.9, kv_heads),
+        "beta": lambda: rng.uniform(0.1, 0.9, (batch, length, kv_heads)),
+        "log_decay": lambda: -rng.exponential(0.3, (batch, length, kv_heads, *channels)),
     }
     if every:
         makers["bias"] = lambda: normal((batch, N, length, length))
@@ -230,7 +235,7 @@ def test_padding_is_not_read(entry, implementation):
     x = arguments(entry)
     spoilt = {
         name: jnp.where(mask.reshape(B, T, *[1] * (x[name].ndim - 2)), x[name], -77.0)
-        for name in ("key", "value", "log_decay")
+        for name in ("key", "value", "beta", "log_decay")
         if name in x
     }
     want = run(x)
@@ -297,7 +302,7 @@ def test_a_split_and_single_steps_give_the_whole(entry, implementation):
 @with_feature("grouped_heads")
 def test_grouped_heads_are_repeated_ones(entry, implementation):
     x = arguments(entry)
-    axes = {"key": 2, "value": 2, "log_decay": 2, "slopes": 0}
+    axes = {"key": 2, "value": 2, "beta": 2, "log_decay": 2, "slopes": 0, "gamma": 0}
     repeated = {name: jnp.repeat(x[name], N // K, axis=axis) for name, axis in axes.items() if name in x}
     run = plain(entry.name, implementation)
     assert_close(run({**x, **repeated}), run(x), 2e-6)

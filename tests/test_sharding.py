@@ -14,9 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from jattn import masks
 from jattn.dot_product import dot_product_attention
+from jattn.linear.delta_rule import delta_rule
+from jattn.linear.gated import gated_delta_rule, kda, simple_gla
 from jattn.linear.lightning import lightning_attention
 from jattn.linear.recurrence import linear_attention
-from jattn.sharding import shard_attention
+from jattn.linear.retention import retention
+from jattn.sharding import ARRAYS, shard_attention
 from jattn.sparse.sliding_window import sliding_window_attention
 
 B, T, N, K, H, V = 2, 24, 8, 4, 5, 7
@@ -39,9 +42,13 @@ def make(length: int = T, **more: tuple[int, ...]) -> dict[str, Any]:
     x = {
         "query": rng.uniform(0.1, 1, (B, length, N, H)),
         "key": rng.uniform(0.1, 1, (B, length, K, H)),
-        "value": rng.standard_normal((B, length, K, V)),
-        **{name: rng.exponential(0.2, shape) * (1 if name == "slopes" else -1) for name, shape in more.items()},
+        "value": rng.standard_normal((B, length, more.get("beta", (B, T, K))[2], V)),
     }
+    if "beta" in more:  # keys of length 1, as a delta rule wants them
+        x["key"] = x["key"] / np.linalg.norm(x["key"], axis=-1, keepdims=True)
+    for name, shape in more.items():
+        gate = rng.exponential(0.2, shape)
+        x[name] = {"slopes": gate, "log_decay": -gate, "gamma": np.exp(-gate), "beta": 2 * np.exp(-gate)}[name]
     return {name: array.astype(np.float32) for name, array in x.items()}
 
 
@@ -53,8 +60,7 @@ def value_and_gradients(op: Any, x: dict[str, Any], segment_ids: Any) -> Any:
     ids = {} if segment_ids is None else {"segment_ids": segment_ids}
 
     def loss(x: dict[str, Any]) -> Any:
-        gates = {name: array for name, array in x.items() if name in ("log_decay", "slopes")}
-        out = op(x["query"], x["key"], x["value"], **gates, **ids)
+        out = op(**x, **ids)
         return jnp.sum(out * WEIGHTS), out
 
     gradients, out = quick_jit(jax.grad(loss, has_aux=True))(x)
@@ -78,6 +84,8 @@ OPS = {
     "window": (sliding_window_attention, {"window": 5}, {}),
     "linear": (linear_attention, {"normalize": True}, {"log_decay": (B, T, K, H)}),
     "lightning": (lightning_attention, {}, {"slopes": (K,)}),
+    "retention": (retention, {}, {}),
+    "delta": (delta_rule, {}, {"beta": (B, T, K), "log_decay": (B, T, K, H)}),
 }
 
 
@@ -116,6 +124,12 @@ CONTEXT = {
     "linear-channel": (linear_attention, {}, {"log_decay": (B, T, K, H)}),
     "linear-normalized": (linear_attention, {"normalize": True, "scale": 0.3}, {"log_decay": (B, T, K, H)}),
     "lightning": (lightning_attention, {}, {"slopes": (K,)}),
+    "retention": (retention, {"scale": 0.3}, {"gamma": (K,)}),
+    "simple-gla": (simple_gla, {}, {"log_decay": (B, T, K)}),
+    "delta": (delta_rule, {"chunk_size": 4}, {"beta": (B, T, K)}),
+    "delta-constant": (delta_rule, {"scale": 0.3}, {"beta": (B, T, K), "log_decay": (K,)}),
+    "gated-delta": (gated_delta_rule, {}, {"beta": (B, T, K), "log_decay": (B, T, K)}),
+    "kda-many-values": (kda, {}, {"beta": (B, T, N), "log_decay": (B, T, N, H)}),
 }
 
 
@@ -161,7 +175,7 @@ def test_ring_for_more_keys_than_queries():
 
 def refused(op: Any, message: str, error: Any = NotImplementedError, length: int = T, axes: Any = None, **given: Any):
     """A call with `context` over four devices that must say `message`."""
-    arrays = {name: given.pop(name) for name in ("segment_ids", "log_decay", "slopes") if name in given}
+    arrays = {name: given.pop(name) for name in (*ARRAYS, "slope") if name in given}
     x = {**make(length), **{name: given.pop(name) for name in ("query", "key", "value") if name in given}}
     with pytest.raises(error, match=message):
         shard_attention(op, make_mesh(context=4, tensor=2), **(axes or {"context": "context"}), **given)(**x, **arrays)
@@ -192,6 +206,8 @@ ZEROS = np.zeros((B, T, K, H), np.float32)
         (linear_attention, "without is_causal=False", NotImplementedError, {"is_causal": False}),
         (linear_attention, "without reverse", NotImplementedError, {"reverse": True}),
         (lightning_attention, "without reverse", NotImplementedError, {"reverse": True}),
+        (delta_rule, "without reverse", NotImplementedError, {"reverse": True}),
+        (delta_rule, "^slope: expected one of segment_ids, log_decay", TypeError, {"slope": np.ones(K, np.float32)}),
         (linear_attention, r"^log_decay: expected \[K\]", ValueError, {"log_decay": ZEROS[0, 0]}),
         (linear_attention, "slopes", TypeError, {"slopes": np.ones(K, np.float32)}),
         (lightning_attention, r"^slopes: expected \[K\]", ValueError, {"slopes": np.ones(N, np.float32)}),

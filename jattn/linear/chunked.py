@@ -15,6 +15,7 @@ derives it, so derivatives of any order and direction exist.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,11 +44,36 @@ def causal(
     out_dtype: Any,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B K H V"]]:
     """Outputs in `out_dtype` and the state after the last token; `log_decay` is [K], [B, T, K] or [B, T, K, H]."""
+    chunk = chunk_size or default_chunk(max(query.shape[-1], value.shape[-1]), per_channel=log_decay.ndim == 4)
+    run = functools.partial(in_blocks, _block, query, (key, value), log_decay, segment_ids, state)
+    return run(scale=scale, chunk=chunk, out_dtype=out_dtype)
+
+
+def in_blocks(
+    chunks_of: Callable[..., tuple[Array, Array]],
+    query: Float[Array, "B T N H"],
+    tokens: tuple[Float[Array, "B T _ _"], ...],
+    log_decay: Float[Array, " ..."],
+    segment_ids: Int[Array, "B T"] | None,
+    state: Float[Array, "B K H V"],
+    *,
+    scale: float,
+    chunk: int,
+    out_dtype: Any,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B K H V"]]:
+    """A causal recurrence as a scan over blocks of chunks.
+
+    Args:
+      chunks_of: one block, `chunks_of(query [B, K, n, G, C, H], *tokens [B, _, n, C, _], factors, segments, state) ->
+        (unscaled out [B, K, n, G, C, V], state)`. Tokens after the last one are zeros, and do not decay.
+      query: N is a multiple of K, or smaller, and then K of `chunks_of` is N.
+      tokens: what else there is for every token, keys and values first; each has its own number of heads.
+      log_decay: [K], [B, T, K] or [B, T, K, H].
+    """
     batch, length, heads, width = query.shape
-    kv_heads = key.shape[2]
-    chunk = chunk_size or _default_chunk(max(width, value.shape[-1]), per_channel=log_decay.ndim == 4)
+    groups = max(heads // state.shape[1], 1)
     chunk = min(chunk, 1 << (length - 1).bit_length())
-    blocks, chunks = _partition(length, chunk, batch * heads * max(width, value.shape[-1]))
+    blocks, chunks = _partition(length, chunk, batch * max(heads, state.shape[1]) * max(width, state.shape[-1]))
 
     def split(x: Array) -> Array:
         """[B, T, ...] -> [blocks, B, chunks, C, ...], with zeros after the last token."""
@@ -63,17 +89,16 @@ def causal(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(state: Array, xs: tuple[Any, ...]) -> tuple[Array, Array]:
-        query, key, value, gates, segments = xs
+        query, tokens, gates, segments = xs
         query = query.transpose(0, 3, 1, 4, 2, 5)  # [B, K, n, G, C, H]
-        key, value = (x.transpose(0, 3, 1, 2, 4) for x in (key, value))  # [B, K, n, C, .]
+        tokens = (x.transpose(0, 3, 1, 2, 4) for x in tokens)  # [B, K, n, C, .]
         factors = tables(gates) if tables else decay.per_token(gates.transpose(0, 3, 1, 2, 4))
-        out, state = _block(query, key, value, factors, segments, state)
+        out, state = chunks_of(query, *tokens, factors, segments, state)
         return state, (scale * out).astype(out_dtype).transpose(0, 2, 4, 1, 3, 5)
 
     xs = (
-        split(query.reshape(batch, length, kv_heads, heads // kv_heads, width)),
-        split(key),
-        split(value),
+        split(query.reshape(batch, length, heads // groups, groups, width)),
+        jax.tree.map(split, tokens),
         gates,
         None if segment_ids is None else _borders(segment_ids, blocks, chunks, chunk),
     )
@@ -83,10 +108,10 @@ def causal(
         state, out = jax.lax.scan(block, state, xs)
         out = jnp.moveaxis(out, 0, 1)
     out = out.reshape(batch, -1, *out.shape[-3:])[:, :length]
-    return out.reshape(batch, length, heads, -1), state
+    return out.reshape(batch, length, -1, out.shape[-1]), state
 
 
-def _default_chunk(width: int, per_channel: bool) -> int:
+def default_chunk(width: int, per_channel: bool) -> int:
     """The faster of 32, 64 and 128 on a CPU: scores of a chunk cost what the states cost when it is as long as wide.
 
     A gate per channel costs one more product for every halving of the chunk, so there the shorter is never slower.
@@ -117,6 +142,24 @@ def _borders(segment_ids: Array, blocks: int, chunks: int, chunk: int) -> tuple[
     )
 
 
+def within_segments(
+    factors: decay.Factors, segments: tuple[Int[Array, "B n C"], Int[Array, "B n"]] | None
+) -> decay.Factors:
+    """The factors between rows of the same segment; 0 between others."""
+    if segments is None:
+        return factors
+    read, write, total, scores = factors
+    ids, before = (x[:, None] for x in segments)
+    last = ids[..., -1]
+    same = (ids[..., :, None] == ids[..., None, :])[:, :, :, None]
+    return decay.Factors(
+        read=jnp.where((ids == before[..., None])[..., None], read, 0),
+        write=jnp.where((ids == last[..., None])[..., None], write, 0),
+        total=jnp.where((before == last)[..., None, None], total, 0),
+        scores=lambda query, key: jnp.where(same, scores(query, key), 0),
+    )
+
+
 def _block(
     query: Float[Array, "B K n G C H"],
     key: Float[Array, "B K n C H"],
@@ -126,16 +169,8 @@ def _block(
     state: Float[Array, "B K H V"],
 ) -> tuple[Float[Array, "B K n G C V"], Float[Array, "B K H V"]]:
     """Unscaled outputs of n consecutive chunks, in the state's dtype, and the state after them."""
-    read, write, total, scores = factors
+    read, write, total, scores = within_segments(factors, segments)
     weights = scores(query, key)
-    if segments is not None:
-        ids, before = (x[:, None] for x in segments)
-        last = ids[..., -1]
-        read = jnp.where((ids == before[..., None])[..., None], read, 0)
-        write = jnp.where((ids == last[..., None])[..., None], write, 0)
-        total = jnp.where((before == last)[..., None, None], total, 0)
-        weights = jnp.where((ids[..., :, None] == ids[..., None, :])[:, :, :, None], weights, 0)
-
     product = functools.partial(jnp.einsum, preferred_element_type=state.dtype)
     written = product("bknch,bkncv->nbkhv", (key * write).astype(key.dtype), value)
     kept = jnp.broadcast_to(jnp.moveaxis(total, 2, 0).swapaxes(-1, -2), (*written.shape[:-1], 1))

@@ -58,7 +58,7 @@ def per_token(gates: Float[Array, "B K n C X"]) -> Factors:
     if gates.shape[-1] == 1:
         exponent = jnp.zeros_like(gates)[..., None]
         for second, first in levels:
-            exponent = _join(exponent, second + jnp.swapaxes(first, -1, -2), -jnp.inf)
+            exponent = join(exponent, second + jnp.swapaxes(first, -1, -2), -jnp.inf)
         scores = _weighted(jnp.exp(exponent[:, :, :, 0])[:, :, :, None])
     else:
         scores = _halved([(jnp.exp(second), jnp.exp(first)) for second, first in levels])
@@ -75,22 +75,22 @@ def _partial_sums(gates: Array) -> tuple[list[tuple[Array, Array]], Array, Array
     suffix = jnp.zeros_like(prefix)
     levels = []
     while prefix.shape[-3] > 1:
-        (first, second), (first_suffix, second_suffix) = _halves(prefix), _halves(suffix)
+        (first, second), (first_suffix, second_suffix) = halves(prefix), halves(suffix)
         levels.append((second, first_suffix))
         prefix = jnp.concatenate([first, second + first[..., -1:, :]], axis=-2)
         suffix = jnp.concatenate([first_suffix + second[..., -1:, :], second_suffix], axis=-2)
     return levels, prefix[..., 0, :, :], suffix[..., 0, :, :]
 
 
-def _halves(x: Array) -> tuple[Array, Array]:
+def halves(x: Array) -> tuple[Array, Array]:
     """[..., 2 m, s, X] -> the even and the odd blocks, each [..., m, s, X]."""
     x = x.reshape(*x.shape[:-3], x.shape[-3] // 2, 2, *x.shape[-2:])
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
-def _join(diagonal: Array, below: Array, above: float) -> Array:
+def join(diagonal: Array, below: Array, above: float) -> Array:
     """Blocks [..., 2 m, s, s] on the diagonal and [..., m, s, s] below it -> blocks [..., m, 2 s, 2 s]."""
-    first, second = _halves(diagonal)
+    first, second = halves(diagonal)
     top = jnp.concatenate([first, jnp.full_like(first, above)], axis=-1)
     return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
 
@@ -122,7 +122,7 @@ def _halved(levels: list[tuple[Array, Array]]) -> Callable[[Array, Array], Array
                 early.astype(dtype),
                 preferred_element_type=accumulator,
             )
-            out = _join(out, below, 0.0)
+            out = join(out, below, 0.0)
         return out[..., 0, :, :]
 
     return scores

@@ -14,28 +14,20 @@ b_j|), b = cumsum g.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jattn import checks
 from jattn.dispatch import Choice, Implementation, dispatch
-from jattn.linear import chunked
+from jattn.linear import arguments, chunked
+from jattn.linear.arguments import LinearState
+from pallas_kernels import linear as kernel
 
-MIN_LOG_DECAY = -1e4
 EpsMode = Literal["denominator", "z"]
-
-
-class LinearState(NamedTuple):
-    """What a linear layer remembers: `S [B, K, H, V]` and, when normalised, `z [B, K, H]`; in the accumulator dtype."""
-
-    S: Float[Array, "B K H V"]
-    z: Float[Array, "B K H"] | None
 
 
 def linear_attention(
@@ -86,7 +78,7 @@ def linear_attention(
     Raises:
       TypeError: a wrong dtype or type. ValueError: a wrong shape, option or combination of them.
     """
-    _check_arrays(query=query, key=key, value=value)
+    arguments.check_arrays(query=query, key=key, value=value)
     sizes = checks.bind_shapes(("query", query, "B T N H"), ("key", key, "B S K H"), ("value", value, "B S K V"))
     checks.check_floating(query=query)
     checks.check_same_dtype(query=query, key=key, value=value)
@@ -94,11 +86,11 @@ def linear_attention(
     checks.check_no_empty(sizes, "BTSNHV")
     checks.check_flags(is_causal=is_causal, reverse=reverse, return_state=return_state)
     _check_options(normalize, eps, eps_mode)
-    _check_log_decay(log_decay, sizes, ("K", "B S K", "B S K H"))
-    _check_padding_mask(mask, sizes)
-    _check_segment_ids(segment_ids, sizes)
-    _check_state(initial_state, query, sizes, normalize)
-    _check_chunk_size(chunk_size)
+    arguments.check_log_decay(log_decay, sizes, ("K", "B S K", "B S K H"))
+    arguments.check_padding_mask(mask, sizes)
+    arguments.check_segment_ids(segment_ids, sizes)
+    arguments.check_state(initial_state, query, sizes, normalize)
+    arguments.check_chunk_size(chunk_size)
     has_state = initial_state is not None or return_state
     _check_order(sizes, is_causal, reverse, log_decay is not None, segment_ids is not None, has_state)
     operands = (query, key, value, log_decay, mask, segment_ids, initial_state)
@@ -108,7 +100,7 @@ def linear_attention(
         implementation,
         *jax.tree.map(jnp.asarray, operands),
         is_causal=is_causal,
-        scale=_scale(scale),
+        scale=arguments.scale(scale),
         normalize=normalize,
         eps=eps,
         eps_mode=eps_mode,
@@ -138,16 +130,16 @@ def linear_attention_step(
     Raises:
       TypeError, ValueError: as `linear_attention`.
     """
-    _check_arrays(query=query, key=key, value=value)
+    arguments.check_arrays(query=query, key=key, value=value)
     sizes = checks.bind_shapes(("query", query, "B N H"), ("key", key, "B K H"), ("value", value, "B K V"))
     checks.check_floating(query=query)
     checks.check_same_dtype(query=query, key=key, value=value)
     checks.check_grouped_heads(sizes["N"], sizes["K"])
     _check_options(normalize, eps, eps_mode)
-    _check_log_decay(log_decay, sizes, ("K", "B K", "B K H"))
+    arguments.check_log_decay(log_decay, sizes, ("K", "B K", "B K H"))
     if state is None:
         raise TypeError("state: expected a LinearState, got None; start from LinearState(zeros [B, K, H, V], None)")
-    _check_state(state, query, sizes, normalize, name="state")
+    arguments.check_state(state, query, sizes, normalize, name="state")
 
     S, z = state
     accumulator = S.dtype
@@ -156,14 +148,14 @@ def linear_attention_step(
     if log_decay is None:
         S, z = S + update, None if z is None else z + k
     else:
-        kept = jnp.exp(_clamp(log_decay, accumulator))
+        kept = jnp.exp(arguments.clamp(log_decay, accumulator))
         kept = kept.reshape(*(kept.shape if kept.ndim == 3 else (*kept.shape, 1)))  # [K, 1], [B, K, 1] or [B, K, H]
         S, z = kept[..., None] * S + update, None if z is None else kept * z + k
     q = query.astype(accumulator).reshape(sizes["B"], sizes["K"], -1, sizes["H"])
-    out = _scale(scale) * jnp.einsum("bkgh,bkhv->bkgv", q, S)
+    out = arguments.scale(scale) * jnp.einsum("bkgh,bkhv->bkgv", q, S)
     if z is not None:
-        weights = _scale(scale) * jnp.einsum("bkgh,bkh->bkg", q, z)
-        out = _normalized(out, weights, q, _scale(scale), eps, eps_mode)
+        weights = arguments.scale(scale) * jnp.einsum("bkgh,bkh->bkg", q, z)
+        out = _normalized(out, weights, q, arguments.scale(scale), eps, eps_mode)
     return out.reshape(sizes["B"], sizes["N"], -1).astype(query.dtype), LinearState(S, z)
 
 
@@ -186,10 +178,7 @@ def token_scan(
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (batch, length, kv_heads))
     gates = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-    if segment_ids is None:
-        starts = jnp.zeros((batch, length), bool)
-    else:
-        starts = segment_ids != jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+    starts = arguments.segment_starts(segment_ids, query)
 
     def step(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v, gate, starts = token
@@ -228,14 +217,12 @@ def _attend(
     """
     accumulator = checks.accumulator_dtype(query.dtype)
     needs_order = is_causal or log_decay is not None or segment_ids is not None
-    log_decay = jnp.zeros(key.shape[2], accumulator) if log_decay is None else _clamp(log_decay, accumulator)
+    log_decay = jnp.zeros(key.shape[2], accumulator) if log_decay is None else arguments.clamp(log_decay, accumulator)
     if mask is not None:
-        real = jnp.broadcast_to(mask[:, 0, 0, :, None], (*key.shape[:2], 1))
-        key, value = (jnp.where(real[..., None], x, 0) for x in (key, value))
-        log_decay = jnp.where(real if log_decay.ndim < 4 else real[..., None], log_decay, 0)
+        key, value, log_decay = arguments.without_padding(mask, key, value, log_decay)
     if normalize:
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-    state = _packed(initial_state, key, value, accumulator)
+    state = arguments.packed(initial_state, key, value, accumulator)
     out_dtype = query.dtype if is_causal and not normalize else accumulator
     run = functools.partial(causal, scale=scale, chunk_size=chunk_size, out_dtype=out_dtype)
 
@@ -298,111 +285,11 @@ def _normalized(out: Array, weights: Array, query: Array, scale: float, eps: flo
     return jnp.where(is_empty[..., None], 0, out / jnp.where(is_empty, 1, denominator)[..., None])
 
 
-def _packed(state: LinearState | None, key: Array, value: Array, accumulator: Any) -> Array:
-    """[S | z] in the accumulator dtype; zeros when there is no state yet."""
-    # Zeros made from the operands lie on a mesh as these do, which the carry of a scan must do from its start.
-    zeros = jnp.zeros_like(key[:, 0, :, :, None] * value[:, 0, :, None, :], dtype=accumulator)
-    if state is None:
-        # XLA's CPU backend (jaxlib 0.11.2 to 0.12.0.1) makes one YNNPACK call of the read of a constant state and what
-        # follows it, and that call reads outside of its buffers: whole batches came out wrong.
-        return jax.lax.optimization_barrier(zeros)
-    return zeros + (state.S if state.z is None else jnp.concatenate([state.S, state.z[..., None]], axis=-1))
-
-
-def _clamp(log_decay: Array, accumulator: Any) -> Array:
-    return jnp.maximum(log_decay.astype(accumulator), MIN_LOG_DECAY)
-
-
-def _scale(scale: float | None) -> float:
-    return 1.0 if scale is None else _number("scale", scale)
-
-
-def _number(name: str, x: Any) -> float:
-    if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name}: expected a Python number, got {type(x).__name__}")
-    if not math.isfinite(x):
-        raise ValueError(f"{name}: expected a finite number, got {x}")
-    return float(x)
-
-
-def _check_arrays(**arrays: Any) -> None:
-    for name, x in arrays.items():
-        checks.check_array(name, x)
-
-
 def _check_options(normalize: bool, eps: float, eps_mode: str) -> None:
     checks.check_flags(normalize=normalize)
     checks.check_choice("eps_mode", eps_mode, ("denominator", "z"))
-    if _number("eps", eps) < 0:
+    if arguments.number("eps", eps) < 0:
         raise ValueError(f"eps: expected at least 0, got {eps}")
-
-
-def _check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is not None:
-        size = checks.check_count("chunk_size", chunk_size)
-        if size & (size - 1):
-            raise ValueError(
-                f"chunk_size: expected a power of two, got {size}; the nearest are {1 << size.bit_length() - 1} and "
-                f"{1 << size.bit_length()}"
-            )
-
-
-def _check_log_decay(log_decay: Any, sizes: dict[str, int], layouts: tuple[str, ...]) -> None:
-    if log_decay is None:
-        return
-    checks.check_array("log_decay", log_decay)
-    checks.check_floating(log_decay=log_decay)
-    wanted = [tuple(sizes[letter] for letter in layout.split()) for layout in layouts]
-    if tuple(log_decay.shape) not in wanted:
-        options = " or ".join(f"[{', '.join(a.split())}] = {b}" for a, b in zip(layouts, wanted, strict=True))
-        raise ValueError(f"log_decay: expected {options}, got {tuple(log_decay.shape)}")
-    message = (
-        "expected logarithms of decays, at most 0, got positive numbers; pass jax.nn.log_sigmoid of a gate's logits"
-    )
-    checks.check_values("log_decay", log_decay, lambda x: x > 0, message)
-
-
-def _check_padding_mask(mask: Any, sizes: dict[str, int]) -> None:
-    if mask is None:
-        return
-    wanted = (sizes["B"], 1, 1, sizes["S"])
-    honours = (
-        "linear attention has no scores to mask one by one: it honours key padding, a boolean array [B, 1, 1, S], and "
-        "has is_causal= and segment_ids= for the rest"
-    )
-    if not isinstance(mask, (jax.Array, np.ndarray)):
-        raise ValueError(f"mask: expected an array of shape {wanted}, got {type(mask).__name__}; {honours}")
-    if mask.shape not in (wanted, (1, *wanted[1:])):
-        raise ValueError(f"mask: expected the shape {wanted}, got {tuple(mask.shape)}; {honours}")
-    if mask.dtype != bool:
-        raise ValueError(f"mask: expected booleans, got {mask.dtype}; {honours}")
-
-
-def _check_segment_ids(segment_ids: Any, sizes: dict[str, int]) -> None:
-    if segment_ids is None:
-        return
-    checks.bind_shapes(("segment_ids", segment_ids, "B T"), **sizes)
-    checks.check_integer(segment_ids=segment_ids)
-    message = "expected numbers that never decrease along time; number the packed sequences in order"
-    checks.check_values("segment_ids", segment_ids, lambda x: x[:, 1:] < x[:, :-1], message)
-
-
-def _check_state(state: Any, query: Array, sizes: dict[str, int], normalize: bool, name: str = "initial_state") -> None:
-    if state is None:
-        return
-    if not isinstance(state, LinearState):
-        raise TypeError(f"{name}: expected a LinearState(S, z), got {type(state).__name__}")
-    checks.check_array(f"{name}.S", state.S)
-    checks.bind_shapes((f"{name}.S", state.S, "B K H V"), (f"{name}.z", state.z, "B K H"), **sizes)
-    if normalize != (state.z is not None):
-        raise ValueError(
-            f"{name}.z: normalize={normalize} {'needs' if normalize else 'has no use for'} the sum of keys [B, K, H], "
-            f"got {None if state.z is None else tuple(state.z.shape)}"
-        )
-    accumulator = checks.accumulator_dtype(query.dtype)
-    for field, x in zip("Sz", state, strict=True):
-        if x is not None and x.dtype != accumulator:
-            raise TypeError(f"{name}.{field}: expected dtype {accumulator}, in which states are kept, got {x.dtype}")
 
 
 def _check_order(
@@ -425,7 +312,42 @@ def _check_order(
         )
 
 
+def _check_fused(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    mask: Array | None,
+    segment_ids: Array | None,
+    initial_state: LinearState | None,
+    *,
+    is_causal: bool,
+    normalize: bool,
+    chunk_size: int | None,
+    **options: Any,
+) -> None:
+    if not is_causal and log_decay is None and segment_ids is None:
+        raise NotImplementedError("a sum over all keys is two matrix products, which the compiler does as well")
+    if normalize:
+        raise NotImplementedError("the kernel does not carry the normaliser")
+    if chunk_size is not None:
+        raise NotImplementedError("the kernel has chunks of its own; leave chunk_size out")
+    gates = jax.ShapeDtypeStruct(key.shape[2:3], "float32") if log_decay is None else log_decay
+    kernel.check(query, key, value, gates)
+
+
+def _fused(platform: kernel.Platform) -> Callable[..., tuple[Array, LinearState]]:
+    def causal(*operands: Any, scale: float, chunk_size: int | None, out_dtype: Any) -> tuple[Array, Array]:
+        del chunk_size
+        return kernel.linear_attention(*operands, scale=scale, platform=platform, out_dtype=out_dtype)
+
+    return functools.partial(_attend, causal)
+
+
+# The compiler cannot split a kernel over the devices of a mesh, so what runs unasked is what it can split.
 _IMPLEMENTATIONS = (
     Implementation("xla", functools.partial(_attend, chunked.causal)),
     Implementation("reference", functools.partial(_attend, token_scan)),
+    Implementation("pallas_tpu", _fused("tpu"), _check_fused),
+    Implementation("interpret", _fused("interpret"), _check_fused),
 )

@@ -16,24 +16,9 @@ from jaxtyping import Array, Float, Int
 from jattn import checks
 from jattn.linear.lightning import lightning_attention, lightning_attention_step, lightning_slopes
 from jattn.linear.recurrence import LinearState, linear_attention, linear_attention_step
+from jattn.nn.gate import Gate, matrix_flops
 from jattn.nn.layout import attend
 from jattn.nn.mixer import Projections
-
-
-class _Gate(nnx.Module):
-    """sigmoid(x W), or sigmoid(x W1 W2) through `rank` channels; no bias and nothing between the two."""
-
-    def __init__(self, width: int, features: int, rank: int | None, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        settings: dict[str, Any] = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.down = None if rank is None else nnx.Linear(width, checks.check_count("gate_rank", rank), **settings)
-        self.up = nnx.Linear(width if rank is None else rank, features, **settings)
-
-    def __call__(self, x: Array) -> Array:
-        return jax.nn.sigmoid(self.up(x if self.down is None else self.down(x)))
-
-    def flops(self, tokens: int) -> float:
-        layers = [layer for layer in (self.down, self.up) if layer is not None]
-        return 2.0 * tokens * sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _output_norm(kind: str, features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
@@ -72,7 +57,7 @@ class _LinearAttention(nnx.Module):
         )
         features = num_heads * self.projections.head_dim
         self.norm = _output_norm(norm, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gate = _Gate(width, features, gate_rank, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate = Gate(width, features, gate_rank, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def finish(self, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The norm runs over the whole embedding, not head by head (TransNormerLLM's released layer)."""
@@ -234,8 +219,4 @@ class LinearMixer(_LinearAttention):
         return self.finish(x, out), state
 
     def flops(self, batch: int, length: int) -> float:
-        extra = 0.0
-        if self.decay_down is not None and self.decay_up is not None:
-            layers = (self.decay_down, self.decay_up)
-            extra = 2.0 * batch * length * sum(layer.in_features * layer.out_features for layer in layers)
-        return super().flops(batch, length) + extra
+        return super().flops(batch, length) + matrix_flops(batch * length, self.decay_down, self.decay_up)

@@ -51,7 +51,8 @@ class Mixer(Protocol):
 class Projections(nnx.Module):
     """Query, key, value and output projections without bias, heads split and merged.
 
-    The output projection starts at zero, so that a new layer passes its input through unchanged.
+    The output projection starts at zero, so that a new layer passes its input through unchanged. Value heads are as
+    many and as wide as the keys' unless told; the output then has as many heads as there are queries or values.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Projections(nnx.Module):
         num_heads: int,
         num_kv_heads: int | None,
         head_dim: int | None,
+        num_value_heads: int | None = None,
+        value_dim: int | None = None,
         dtype: Any,
         param_dtype: Any,
         rngs: nnx.Rngs,
@@ -76,6 +79,9 @@ class Projections(nnx.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = width // num_heads if head_dim is None else head_dim
         checks.check_grouped_heads(self.num_heads, self.num_kv_heads)
+        self.num_value_heads = self.num_kv_heads if num_value_heads is None else num_value_heads
+        self.value_dim = self.head_dim if value_dim is None else checks.check_count("value_dim", value_dim)
+        self.features = max(self.num_heads, self.num_value_heads) * self.value_dim
 
         def linear(features_in: int, features_out: int, init: Any) -> nnx.Linear:
             return nnx.Linear(
@@ -91,18 +97,18 @@ class Projections(nnx.Module):
         fan_in = nnx.initializers.lecun_normal()
         self.query = linear(width, self.num_heads * self.head_dim, fan_in)
         self.key = linear(width, self.num_kv_heads * self.head_dim, fan_in)
-        self.value = linear(width, self.num_kv_heads * self.head_dim, fan_in)
-        self.out = linear(self.num_heads * self.head_dim, width, nnx.initializers.zeros)
+        self.value = linear(width, self.num_value_heads * self.value_dim, fan_in)
+        self.out = linear(self.features, width, nnx.initializers.zeros)
 
     def split(
         self, x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T Kv V"]]:
         """Queries, keys and values by head."""
         lead = x.shape[:-1]
         return (
             self.query(x).reshape(*lead, self.num_heads, self.head_dim),
             self.key(x).reshape(*lead, self.num_kv_heads, self.head_dim),
-            self.value(x).reshape(*lead, self.num_kv_heads, self.head_dim),
+            self.value(x).reshape(*lead, self.num_value_heads, self.value_dim),
         )
 
     def merge(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:

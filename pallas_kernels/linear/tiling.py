@@ -68,7 +68,9 @@ def choose(
     possible = [n for n in range(1, min(heads, 8) + 1) if heads % n == 0 and _whole(heads, n, width, value_width)]
     busy = [n for n in possible if batch * (heads // n) % cores == 0]
     together = max(busy or possible or [heads])
-    chunks = max(min(UNITS // (together * group), -(-length // chunk)), 1)
+    # A float32 product is six passes of the matrix unit, and as much code.
+    units = UNITS if size == 2 else UNITS // 4
+    chunks = max(min(units // (together * group), -(-length // chunk)), 1)
 
     def taken(chunks: int) -> int:
         """Bytes of a backward step, the larger one: operands and results twice, for the next ones are on their way."""

@@ -342,6 +342,65 @@ def _write_gla(path, rng, *, shape, scale, cases):
     return _write(path, {"config": config}, **{name: array.astype(np.float32) for name, array in arrays.items()})
 
 
+def _delta_recurrence(q, k, v, beta, g, scale, s0, do, ds):
+    """Outputs and gradients of S~_t = exp(g_t) S_{t-1}, S_t = S~_t + beta_t k_t (v_t - S~_t' k_t)'.
+
+    o_t = scale S_t' q_t. q and k are [B, T, N, H], the rest has M heads, a multiple of N: g [B, T, M, H].
+    """
+    shared = v.shape[2] // q.shape[2]
+    q, k = (np.repeat(x, shared, axis=2) for x in (q, k))
+    kept, states, errors = [], [s0], []
+    for t in range(q.shape[1]):
+        kept.append(np.exp(g[:, t])[..., None] * states[-1])
+        errors.append(v[:, t] - np.einsum("bnhv,bnh->bnv", kept[-1], k[:, t]))
+        states.append(kept[-1] + beta[:, t, :, None, None] * k[:, t, ..., None] * errors[-1][..., None, :])
+    out = {"o": scale * np.einsum("btnhv,btnh->btnv", np.stack(states[1:], 1), q), "ht": states[-1]}
+    grads = {name: np.zeros_like(x) for name, x in (("dq", q), ("dk", k), ("dv", v), ("dbeta", beta), ("dg", g))}
+    d_state = ds
+    for t in reversed(range(q.shape[1])):
+        d_state = d_state + scale * q[:, t, ..., None] * do[:, t, ..., None, :]
+        grads["dq"][:, t] = scale * np.einsum("bnhv,bnv->bnh", states[t + 1], do[:, t])
+        written = np.einsum("bnhv,bnh->bnv", d_state, k[:, t])
+        grads["dbeta"][:, t] = (written * errors[t]).sum(-1)
+        d_error = beta[:, t, :, None] * written
+        grads["dv"][:, t] = d_error
+        grads["dk"][:, t] = beta[:, t, :, None] * np.einsum("bnhv,bnv->bnh", d_state, errors[t])
+        grads["dk"][:, t] -= np.einsum("bnhv,bnv->bnh", kept[t], d_error)
+        d_state = d_state - k[:, t, ..., None] * d_error[..., None, :]
+        grads["dg"][:, t] = (d_state * kept[t]).sum(-1)
+        d_state = np.exp(g[:, t])[..., None] * d_state
+    for name in ("dq", "dk"):
+        grads[name] = grads[name].reshape(*q.shape[:2], -1, shared, q.shape[-1]).sum(3)
+    return out | grads | {"dh0": d_state}
+
+
+def _write_gated_delta_rule(path, rng, *, shape, scale, cases):
+    """A file of the system with `shape` = B, T, N, HV, K, V and some of the cases "gated", "kda" and "delta"."""
+    b, t, n, m, k_dim, v_dim = shape
+    q, k = (rng.standard_normal((b, t, n, k_dim)) for _ in range(2))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v, do = (rng.standard_normal((b, t, m, v_dim)) for _ in range(2))
+    h0, dht = (rng.standard_normal((b, m, k_dim, v_dim)) for _ in range(2))
+    beta = rng.uniform(0.0, 1.0, (b, t, m))
+    arrays = {"q": q, "k": k, "v": v, "beta": beta, "h0": h0, "do": do, "dht": dht}
+    usual = k_dim**-0.5
+    for case, prefix, channels in (("gated", "", 1), ("kda", "kda_", k_dim), ("delta", "delta_", 0)):
+        if case not in cases:
+            continue
+        g = -rng.exponential(0.5, (b, t, m, max(channels, 1))) * (channels > 0)
+        used = usual if scale is None or case == "delta" else scale
+        r = _delta_recurrence(q, k, v, beta, np.broadcast_to(g, (b, t, m, k_dim)).copy(), used, h0, do, dht)
+        if case == "delta":
+            r = {name: r[name] for name in ("o", "ht")}
+        elif case == "gated":
+            r["dg"] = r["dg"].sum(-1)
+        if case != "delta":
+            r["g"] = g if case == "kda" else g[..., 0]
+        arrays |= {prefix + name: array for name, array in r.items()}
+    config = {"B": b, "T": t, "N": n, "HV": m, "K": k_dim, "V": v_dim, "scale": scale}
+    return _write(path, {"config": config}, **{name: array.astype(np.float32) for name, array in arrays.items()})
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(
     ("shape", "tables", "layer"),
@@ -371,3 +430,17 @@ def test_gla_on_other_files(tmp_path, implementation, shape, scale, cases):
     report = run(systems()["gla"], path, implementation)
     assert report.passed(strict=True), f"\n{report}"
     assert len(report.comparisons) == sum({"gla": 7, "simple": 7, "norm": 8}[case] for case in cases)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    ("shape", "scale", "cases"),
+    [((2, 23, 3, 6, 5, 7), 0.3, ("gated", "kda", "delta")), ((1, 83, 5, 5, 3, 2), None, ("kda",))],
+)
+def test_gated_delta_rule_on_other_files(tmp_path, implementation, shape, scale, cases):
+    path = _write_gated_delta_rule(
+        tmp_path / "other.npz", np.random.default_rng(13), shape=shape, scale=scale, cases=cases
+    )
+    report = run(systems()["gated_delta_rule"], path, implementation)
+    assert report.passed(strict=True), f"\n{report}"
+    assert len(report.comparisons) == sum({"gated": 8, "kda": 8, "delta": 2}[case] for case in cases)

@@ -1,4 +1,4 @@
-"""Adapters of the additive linear recurrences: `lightning_attention2` and `gla`."""
+"""Adapters of the linear recurrences: `lightning_attention2`, `gla` and `gated_delta_rule`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jattn.linear.delta_rule import delta_rule
 from jattn.linear.lightning import lightning_attention, lightning_slopes
 from jattn.linear.recurrence import LinearState, linear_attention
 from jattn.nn.linear import LightningMixer
@@ -33,6 +34,12 @@ def _prefixes(case: Case, *names: str) -> list[str]:
     """Every prefix p, empty or ending in "_", such that the file has p + name for all `names`."""
     candidates = (key.removesuffix(names[0]) for key in case if key.endswith(names[0]))
     return [p for p in candidates if (p == "" or p.endswith("_")) and all(p + name in case for name in names)]
+
+
+def _own_or_shared(case: Case, prefix: str, *names: str) -> dict[str, jax.Array]:
+    """Those of the arrays that the file has, under the prefix or, where it has none of its own, without."""
+    keys = {name: prefix + name if prefix + name in case else name for name in names}
+    return {name: _read(case, key) for name, key in keys.items() if key in case}
 
 
 def _value_and_gradients(
@@ -151,12 +158,8 @@ def gla(case: Case) -> dict[str, Any]:
 def _recurrence(case: Case, prefix: str, *, gate: str | None, scale: float | None) -> dict[str, Any]:
     """One call of `linear_attention` and the gradients of <o, do> + <ht, dht>; of <o, do> alone where normalised."""
     normalize = gate is None
-
-    def shared(name: str) -> jax.Array | None:
-        return next((_read(case, key) for key in (prefix + name, name) if key in case), None)
-
-    names = ["q", "k", "v", "h0", "z0" if gate is None else gate]
-    inputs = {name: value for name in names if (value := shared(name)) is not None}
+    inputs = _own_or_shared(case, prefix, "q", "k", "v", "h0", "z0" if gate is None else gate)
+    ends = _own_or_shared(case, prefix, "do", *(() if normalize else ("dht",)))
     scale = inputs["q"].shape[-1] ** -0.5 if scale is None else scale
 
     def op(given: Mapping[str, jax.Array]) -> tuple[jax.Array, LinearState]:
@@ -177,7 +180,45 @@ def _recurrence(case: Case, prefix: str, *, gate: str | None, scale: float | Non
             implementation=case.implementation,
         )
 
-    (out, state), gradients = _value_and_gradients(op, inputs, shared("do"), None if normalize else shared("dht"))
+    (out, state), gradients = _value_and_gradients(op, inputs, ends.get("do"), ends.get("dht"))
     outputs = {"o": out, "ht": state.S} if state.z is None else {"o": out, "S": state.S, "z": state.z[:, None]}
     outputs |= {"d" + name: gradient for name, gradient in gradients.items()}
     return {prefix + name: output for name, output in outputs.items()}
+
+
+@adapter(
+    "gated_delta_rule",
+    tolerances={"*d[qkvgh]*": GRADIENT, "*dbeta": GRADIENT, "*": OUTPUT},
+    implementations=("reference", "xla"),
+)
+def gated_delta_rule(case: Case) -> dict[str, Any]:
+    """The gated delta rule, `kda_*` with a gate per key channel, `delta_*` without one.
+
+    q, k, v, beta, h0 and the cotangents do and dht serve all three, unless a case has its own.
+    """
+    outputs: dict[str, Any] = {}
+    for prefix in _prefixes(case, "o"):
+        inputs = _own_or_shared(case, prefix, "q", "k", "v", "beta", "h0")
+        if prefix + "g" in case:
+            inputs["g"] = _read(case, prefix + "g")
+        # Without gates the reference takes no scale.
+        scale = case.meta["config"].get("scale") if "g" in inputs else None
+
+        def op(given: Mapping[str, jax.Array], scale: float | None = scale) -> tuple[jax.Array, LinearState]:
+            return delta_rule(
+                given["q"],
+                given["k"],
+                given["v"],
+                given["beta"],
+                given.get("g"),
+                scale=scale,
+                initial_state=LinearState(given["h0"], None) if "h0" in given else None,
+                return_state=True,
+                implementation=case.implementation,
+            )
+
+        ends = _own_or_shared(case, prefix, "do", "dht")
+        (out, state), gradients = _value_and_gradients(op, inputs, ends.get("do"), ends.get("dht"))
+        outputs |= {prefix + "o": out, prefix + "ht": state.S}
+        outputs |= {f"{prefix}d{name}": gradient for name, gradient in gradients.items()}
+    return _present(case, outputs)

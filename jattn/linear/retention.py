@@ -1,0 +1,92 @@
+"""Retention: causal linear attention whose decays per head are powers of two away from 1.
+
+o_t = scale * sum_{j <= t} gamma_h^(t - j) (q_t . k_j) v_j,      gamma_h = 1 - 2^(-5 - h), h = 0, 1, ..
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jattn import checks
+from jattn.dispatch import Choice
+from jattn.linear import arguments
+from jattn.linear.recurrence import LinearState, linear_attention, linear_attention_step
+
+
+def retention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    gamma: Float[Array, " K"] | None = None,
+    mask: Bool[Array, "B 1 1 T"] | None = None,
+    *,
+    scale: float | None = None,
+    reverse: bool = False,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: LinearState | None = None,
+    return_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: Choice = None,
+) -> Any:
+    """Retention of RetNet (Sun et al. 2023, eq. 5 and 6), causal; rotary positions and the norm are the layer's.
+
+    Args:
+      gamma: decay of every key head per token, above 0 and at most 1; `None` means `retention_gamma(K)`.
+      scale: multiplies the query; `None` means `H ** -0.5`.
+
+    The other arguments, the result and the errors are those of `linear_attention`.
+    """
+    arguments.check_arrays(query=query, key=key)
+    checks.bind_shapes(("query", query, "B T N H"), ("key", key, "B T K H"))
+    return linear_attention(
+        query,
+        key,
+        value,
+        _log_decay(gamma, key, axis=2),
+        mask,
+        scale=arguments.scale(scale, default=query.shape[-1] ** -0.5),
+        reverse=reverse,
+        segment_ids=segment_ids,
+        initial_state=initial_state,
+        return_state=return_state,
+        chunk_size=chunk_size,
+        implementation=implementation,
+    )
+
+
+def retention_step(
+    query: Float[Array, "B N H"],
+    key: Float[Array, "B K H"],
+    value: Float[Array, "B K V"],
+    state: LinearState,
+    gamma: Float[Array, " K"] | None = None,
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B N V"], LinearState]:
+    """One token of `retention`: the output and the state to pass with the next token."""
+    arguments.check_arrays(query=query, key=key)
+    checks.bind_shapes(("query", query, "B N H"), ("key", key, "B K H"))
+    scale = arguments.scale(scale, default=query.shape[-1] ** -0.5)
+    return linear_attention_step(query, key, value, state, _log_decay(gamma, key, axis=1), scale=scale)
+
+
+def retention_gamma(num_heads: int) -> Float[Array, " num_heads"]:
+    """RetNet's decays, 1 - 2^(-5 - h)."""
+    checks.check_count("num_heads", num_heads)
+    return jnp.asarray(1 - 2.0 ** (-5 - np.arange(num_heads)), jnp.float32)
+
+
+def _log_decay(gamma: Any, key: Any, axis: int) -> Any:
+    heads = key.shape[axis]
+    if gamma is None:
+        # Gammas near 1 are not float32 numbers; their logarithms are.
+        return jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(heads)))), checks.accumulator_dtype(key.dtype))
+    checks.bind_shapes(("gamma", gamma, "K"), K=heads)
+    checks.check_floating(gamma=gamma)
+    message = "expected decays above 0 and at most 1, got others; pass exp(log_decay)"
+    checks.check_values("gamma", gamma, lambda x: (x <= 0) | (x > 1), message)
+    return jnp.log(gamma.astype(checks.accumulator_dtype(gamma.dtype)))

@@ -1,0 +1,72 @@
+"""A short causal convolution of every channel with itself alone, as linear mixers have before their op.
+
+y_t = f(sum_{d < W} w_d * x_{t-d}),      w [W, C], d = 0 the token itself; tokens of other segments count as 0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jattn import checks
+
+
+class ShortConvolution(nnx.Module):
+    """Depthwise causal convolution without bias, then SiLU.
+
+    Args:
+      features: C.
+      taps: W, tokens that one output sees.
+
+    State: the last W - 1 inputs of the last segment, `[B, W - 1, C]`; zeros where it has fewer.
+    """
+
+    def __init__(self, features: int, *, taps: int = 4, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        checks.check_count("taps", taps)
+        # Uniform in +-W^-0.5, as PyTorch starts a convolution of W inputs.
+        init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.kernel = nnx.Param(init(rngs.params(), (taps, features), param_dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: Float[Array, "B past C"] | None = None,
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B past C"] | None]:
+        """The outputs and, if one was given, the state after the last token. Sums are in float32 or wider."""
+        batch, length, features = x.shape
+        kernel = self.kernel[...]
+        past = kernel.shape[0] - 1
+        accumulator = checks.accumulator_dtype(x.dtype)
+        before = jnp.zeros((batch, past, features), x.dtype) if state is None else state.astype(x.dtype)
+        inputs = jnp.concatenate([before, x], axis=1)
+        ids = None
+        if segment_ids is not None:  # what came before belongs to the first token's segment
+            ids = jnp.concatenate([jnp.repeat(segment_ids[:, :1], past, axis=1), segment_ids], axis=1)
+        out = jnp.zeros(x.shape, accumulator)
+        for distance in range(past + 1):
+            start = past - distance
+            seen = inputs[:, start : start + length].astype(accumulator)
+            if ids is not None and segment_ids is not None:
+                seen = jnp.where((ids[:, start : start + length] == segment_ids)[..., None], seen, 0)
+            out += kernel[distance].astype(accumulator) * seen
+        out = jax.nn.silu(out).astype(x.dtype)
+        if state is None:
+            return out, None
+        last = inputs[:, length:]
+        if ids is not None:
+            last = jnp.where((ids[:, length:] == ids[:, -1:])[..., None], last, 0)
+        return out, last.astype(state.dtype)
+
+    def init_state(self, batch: int, dtype: Any) -> Float[Array, "B past C"]:
+        """No past at all."""
+        taps, features = self.kernel.shape
+        return jnp.zeros((batch, taps - 1, features), dtype)
+
+    def flops(self, tokens: int) -> float:
+        return 2.0 * tokens * self.kernel.size
