@@ -68,6 +68,17 @@ def check_arrays(**arrays: Any) -> None:
         checks.check_array(name, x)
 
 
+def check_value_heads(queries: int, keys: int, values: int) -> None:
+    """Heads of a delta rule: a state for every value head, shared by queries or sharing a key and its query."""
+    if keys == 0 or values == 0 or values % keys:
+        raise ValueError(f"value: {values} heads cannot share {keys} key heads; expected a multiple of the key heads")
+    if queries != keys and queries % values:
+        raise ValueError(
+            f"query: {queries} heads cannot be shared by {values} value heads and {keys} key heads; "
+            "expected a multiple of the value heads, or as many as key heads"
+        )
+
+
 def check_chunk_size(chunk_size: int | None) -> None:
     if chunk_size is not None:
         size = checks.check_count("chunk_size", chunk_size)

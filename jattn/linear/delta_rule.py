@@ -215,14 +215,7 @@ def _attend(
 def _check_operands(query: Any, key: Any, value: Any, beta: Any, sizes: dict[str, int], layout: str) -> None:
     checks.check_floating(query=query)
     checks.check_same_dtype(query=query, key=key, value=value)
-    queries, keys, values = (sizes[name] for name in ("N", "K", "Kv"))
-    if keys == 0 or values == 0 or values % keys:
-        raise ValueError(f"value: {values} heads cannot share {keys} key heads; expected a multiple of the key heads")
-    if queries != keys and queries % values:
-        raise ValueError(
-            f"query: {queries} heads cannot be shared by {values} value heads and {keys} key heads; "
-            "expected a multiple of the value heads, or as many as key heads"
-        )
+    arguments.check_value_heads(sizes["N"], sizes["K"], sizes["Kv"])
     checks.bind_shapes(("beta", beta, layout), **sizes)
     checks.check_floating(beta=beta)
     message = "expected numbers from 0 to 2, got others; pass jax.nn.sigmoid of a gate's logits"

@@ -6,7 +6,7 @@ from the token (Yang et al. 2024, section 4.4).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,41 @@ from jaxtyping import Array, Float, Int
 from jattn import checks
 from jattn.linear.lightning import lightning_attention, lightning_attention_step, lightning_slopes
 from jattn.linear.recurrence import LinearState, linear_attention, linear_attention_step
-from jattn.nn.gate import Gate, matrix_flops
-from jattn.nn.layout import attend
+from jattn.nn.carried import attend_carried
+from jattn.nn.gate import Activation, Gate, matrix_flops
 from jattn.nn.mixer import Projections
 
+Norm = Literal["layernorm", "rmsnorm", "srmsnorm", "head_rmsnorm", "head_layernorm"]
 
-def _output_norm(kind: str, features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-    checks.check_choice("norm", kind, ("layernorm", "rmsnorm", "srmsnorm"))
+
+def _output_norm(kind: Norm, projections: Projections, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    """Over all heads together or, `head_*`, over each on its own."""
+    checks.check_choice("norm", kind, get_args(Norm))
+    settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    if kind == "head_rmsnorm":
+        return nnx.RMSNorm(projections.value_dim, epsilon=1e-5, **settings)
+    if kind == "head_layernorm":
+        return nnx.LayerNorm(projections.value_dim, epsilon=1e-5, use_scale=False, use_bias=False, **settings)
     if kind == "layernorm":
-        return nnx.LayerNorm(features, epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    return nnx.RMSNorm(
-        features, epsilon=1e-6, use_scale=kind == "rmsnorm", dtype=dtype, param_dtype=param_dtype, rngs=rngs
-    )
+        return nnx.LayerNorm(projections.features, epsilon=1e-5, **settings)
+    return nnx.RMSNorm(projections.features, epsilon=1e-6, use_scale=kind == "rmsnorm", **settings)
 
 
-class _LinearAttention(nnx.Module):
-    """What the linear mixers share: projections, a norm over all heads together, an output gate, the state."""
+class LinearBlock(nnx.Module):
+    """What the linear mixers share: projections, a norm, an output gate or none, the state.
+
+    y = (Norm(heads) * f(x W_gate)) W_o
+
+    Args:
+      width, num_heads, num_kv_heads, head_dim: D, N, K and H; K defaults to N, H to D / N.
+      value_dim: V, by default H.
+      norm: over all heads together, "layernorm", "rmsnorm" or, without parameters, "srmsnorm"; or over each head,
+        "head_rmsnorm" with one scale for all and "head_layernorm" without parameters.
+      gate: f, "sigmoid" or "silu"; `None` leaves the gate out.
+      gate_rank: channels between two gate matrices; `None` is one full matrix.
+
+    State: `LinearState`, `[B, K, H, V]` in float32.
+    """
 
     def __init__(
         self,
@@ -40,45 +59,55 @@ class _LinearAttention(nnx.Module):
         num_heads: int,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
-        norm: Literal["layernorm", "rmsnorm", "srmsnorm"] = "rmsnorm",
+        num_value_heads: int | None = None,
+        value_dim: int | None = None,
+        norm: Norm = "rmsnorm",
+        gate: Activation | None = "sigmoid",
         gate_rank: int | None = None,
+        gate_bias: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.projections = Projections(
             width,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
+            num_value_heads=num_value_heads,
+            value_dim=value_dim,
+            **settings,
         )
-        features = num_heads * self.projections.head_dim
-        self.norm = _output_norm(norm, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gate = Gate(width, features, gate_rank, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = _output_norm(norm, self.projections, **settings)
+        self.norm_by_head = norm.startswith("head_")
+        self.gate = None
+        if gate is not None:
+            features = self.projections.features
+            self.gate = Gate(width, features, gate_rank, activation=gate, use_bias=gate_bias, **settings)
 
-    def finish(self, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """The norm runs over the whole embedding, not head by head (TransNormerLLM's released layer)."""
-        merged = heads.reshape(*heads.shape[:-2], -1)
-        return self.projections.out(self.norm(merged) * self.gate(x))
+    def finish(self, x: Float[Array, "B T D"], heads: Float[Array, "B T N V"]) -> Float[Array, "B T D"]:
+        """The norm, the gate and the output projection."""
+        merged = (*heads.shape[:-2], -1)
+        heads = self.norm(heads).reshape(merged) if self.norm_by_head else self.norm(heads.reshape(merged))
+        return self.projections.out(heads if self.gate is None else heads * self.gate(x))
 
-    def init_state(self, batch: int, capacity: int, dtype: Any) -> LinearState:
-        """`[B, K, H, H]`, whatever the `capacity`; float32 or wider, whatever the `dtype`."""
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> Any:
+        """`[B, K, H, V]`, whatever the `capacity`; float32 or wider, whatever the `dtype`."""
         del capacity
         p = self.projections
-        shape = (batch, p.num_kv_heads, p.head_dim, p.head_dim)
+        shape = (batch, p.num_value_heads, p.head_dim, p.value_dim)
         return LinearState(jnp.zeros(shape, checks.accumulator_dtype(dtype)), None)
 
     def flops(self, batch: int, length: int) -> float:
         """Of the recurrence; the chunked form does up to `chunk / H` times more work in its matmuls."""
         p = self.projections
         tokens = batch * length
-        return p.flops(tokens) + self.gate.flops(tokens) + 4.0 * tokens * p.num_heads * p.head_dim**2
+        gate = 0.0 if self.gate is None else self.gate.flops(tokens)
+        return p.flops(tokens) + gate + 4.0 * tokens * p.num_heads * p.head_dim * p.value_dim
 
 
-class LightningMixer(_LinearAttention):
+class LightningMixer(LinearBlock):
     """Lightning Attention-2 as TransNormerLLM uses it (`examples/module/tnl_attn.py` of the released code).
 
     y = (Norm(lightning(silu(x W_q), silu(x W_k), silu(x W_v))) * sigmoid(x W_1 W_2)) W_o
@@ -121,21 +150,13 @@ class LightningMixer(_LinearAttention):
         segment_ids: Int[Array, "B T"] | None = None,
         state: LinearState | None = None,
     ) -> tuple[Float[Array, "B T D"], LinearState | None]:
-        query, key, value = self._heads(x)
-        slopes = self.slopes[...]
-        if state is None:
-            arrays = {"slopes": slopes, "segment_ids": segment_ids}
-            return self.finish(x, attend(lightning_attention, query, key, value, arrays=arrays)), None
-        if x.shape[1] == 1:
-            out, state = lightning_attention_step(query[:, 0], key[:, 0], value[:, 0], state, slopes)
-            return self.finish(x, out[:, None]), state
-        out, state = lightning_attention(
-            query, key, value, slopes, segment_ids=segment_ids, initial_state=state, return_state=True
-        )
+        op, step = lightning_attention, lightning_attention_step
+        gates = {"slopes": self.slopes[...]}
+        out, state = attend_carried(op, step, *self._heads(x), gates, segment_ids=segment_ids, state=state)
         return self.finish(x, out), state
 
 
-class LinearMixer(_LinearAttention):
+class LinearMixer(LinearBlock):
     """Gated linear attention: the decay of every key channel is computed from the token (Yang et al. 2024, eq. 3).
 
     log a = log_sigmoid(x W_1 W_2 + b) / normaliser, y = (Norm(attention) * sigmoid(x W)) W_o, keys and queries plain.
@@ -194,28 +215,10 @@ class LinearMixer(_LinearAttention):
         segment_ids: Int[Array, "B T"] | None = None,
         state: LinearState | None = None,
     ) -> tuple[Float[Array, "B T D"], LinearState | None]:
-        query, key, value = self.projections.split(x)
-        log_decay = self.log_decay(x)
+        op, step = linear_attention, linear_attention_step
+        heads, gates = self.projections.split(x), {"log_decay": self.log_decay(x)}
         scale = self.projections.head_dim**-0.5
-        if state is None:
-            arrays = {"log_decay": log_decay, "segment_ids": segment_ids}
-            out = attend(linear_attention, query, key, value, arrays=arrays, scale=scale)
-            return self.finish(x, out), None
-        if x.shape[1] == 1:
-            gate = None if log_decay is None else log_decay[:, 0]
-            out, state = linear_attention_step(query[:, 0], key[:, 0], value[:, 0], state, gate, scale=scale)
-            return self.finish(x, out[:, None]), state
-        out, state = linear_attention(
-            query,
-            key,
-            value,
-            log_decay,
-            is_causal=True,
-            scale=scale,
-            segment_ids=segment_ids,
-            initial_state=state,
-            return_state=True,
-        )
+        out, state = attend_carried(op, step, *heads, gates, segment_ids=segment_ids, state=state, scale=scale)
         return self.finish(x, out), state
 
     def flops(self, batch: int, length: int) -> float:

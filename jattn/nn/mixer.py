@@ -131,3 +131,9 @@ def rms_normalise(x: Array, eps: float = 1e-6) -> Array:
     """x / sqrt(mean(x ** 2) + eps) over the last axis, without parameters; statistics in float32."""
     wide = x.astype(checks.accumulator_dtype(x.dtype))
     return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def l2_normalise(x: Array, eps: float = 1e-6) -> Array:
+    """x / sqrt(sum(x ** 2) + eps) over the last axis; statistics in float32."""
+    wide = x.astype(checks.accumulator_dtype(x.dtype))
+    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + eps)).astype(x.dtype)

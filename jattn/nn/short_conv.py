@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jattn import checks
+from jattn.nn.mixer import Projections
 
 
 class ShortConvolution(nnx.Module):
@@ -70,3 +71,40 @@ class ShortConvolution(nnx.Module):
 
     def flops(self, tokens: int) -> float:
         return 2.0 * tokens * self.kernel.size
+
+
+class HeadConvolutions(nnx.Module):
+    """A `ShortConvolution` each for the queries, keys and values of a mixer, heads side by side.
+
+    State: a tuple of the three states.
+    """
+
+    def __init__(self, projections: Projections, *, taps: int, param_dtype: Any, rngs: nnx.Rngs):
+        def convolution(layer: nnx.Linear) -> ShortConvolution:
+            return ShortConvolution(layer.out_features, taps=taps, param_dtype=param_dtype, rngs=rngs)
+
+        self.query, self.key, self.value = (
+            convolution(layer) for layer in (projections.query, projections.key, projections.value)
+        )
+
+    def __call__(
+        self,
+        heads: tuple[Float[Array, "B T _ _"], ...],
+        *,
+        segment_ids: Int[Array, "B T"] | None,
+        state: tuple[Array, ...] | None,
+    ) -> tuple[list[Float[Array, "B T _ _"]], tuple[Array, ...] | None]:
+        """The convolved queries, keys and values, and the state after the last token when one was given."""
+        out, after = [], []
+        for index, (x, convolution) in enumerate(zip(heads, (self.query, self.key, self.value), strict=True)):
+            before = None if state is None else state[index]
+            flat, last = convolution(x.reshape(*x.shape[:2], -1), segment_ids=segment_ids, state=before)
+            out.append(flat.reshape(x.shape))
+            after.append(last)
+        return out, None if state is None else tuple(after)
+
+    def init_state(self, batch: int, dtype: Any) -> tuple[Array, ...]:
+        return tuple(convolution.init_state(batch, dtype) for convolution in (self.query, self.key, self.value))
+
+    def flops(self, tokens: int) -> float:
+        return sum(convolution.flops(tokens) for convolution in (self.query, self.key, self.value))

@@ -84,7 +84,7 @@ def _weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], _Weights]:
         # Tables are as wide as the wider of q and v.
         return lambda _, h: _Weights(pair[h], read[h], write[h], read[h, size - 1 : size, : p.value_width])
     (sums,) = refs
-    exp = gates.exponential(p.dtype)
+    exp, add = gates.exponential(p.dtype), functools.partial(functools.reduce, jnp.add)
     count, width = gates.parts(p.dtype), max(size, p.width, p.value_width)
     below = _iota((size, size), 0) >= _iota((size, size), 1)
 
@@ -98,12 +98,12 @@ def _weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], _Weights]:
         # A column costs a broadcast along the lanes; exponentials of it are cheaper than more columns.
         columns = [jnp.broadcast_to(tall[:, i : i + 1], (size, width)) for i in range(count * h, count * (h + 1))]
         rows = [flat[i : i + 1] for i in range(count * h, count * (h + 1))]
-        exponent = sum(column[:, :size] - row for column, row in zip(columns, rows, strict=True))
+        exponent = add(column[:, :size] - row for column, row in zip(columns, rows, strict=True))
         return _Weights(
             jnp.where(below, exp(exponent), 0),
-            exp(sum(columns)),
-            exp(sum(column[size - 1 :] - column for column in columns)),
-            exp(sum(column[size - 1 :, : p.value_width] for column in columns)),
+            exp(add(columns)),
+            exp(add(column[size - 1 :] - column for column in columns)),
+            exp(add(column[size - 1 :, : p.value_width] for column in columns)),
         )
 
     return of
@@ -262,8 +262,8 @@ def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
         d0_ref[0] = carried[...]
 
 
-def _specs(p: Problem, *, backward: bool) -> dict[str, pl.BlockSpec]:
-    """Blocks of every kind of array, at the grid step's place in time."""
+def _specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.BlockSpec]:
+    """Blocks of every kind of array, at the grid step's place in time; `starts` states are kept in a step."""
     t = p.tiling
     when = (lambda i: p.steps - 1 - i) if backward else (lambda i: i)
 
@@ -287,7 +287,7 @@ def _specs(p: Problem, *, backward: bool) -> dict[str, pl.BlockSpec]:
         "gates": per_head(gates.parts(p.dtype)),
         "sums": per_head(1),
         "state": pl.BlockSpec((1, *state), lambda b, h, i: (b, h, 0, 0)),
-        "starts": pl.BlockSpec((1, 1, *state), lambda b, h, i: (b, when(i), h, 0, 0)),
+        "starts": pl.BlockSpec((1, starts, *state), lambda b, h, i: (b, when(i), h, 0, 0)),
     }
 
 
@@ -329,7 +329,7 @@ def forward(
     """Outputs `[B, T, N * V]`, the state after the last token and, to `keep`, the state before every step backward."""
     every, times = p.tiling.chunks, p.tiling.times
     p = dataclasses.replace(p, tiling=p.tiling.forward)
-    specs = _specs(p, backward=False)
+    specs = _specs(p, starts=times)
     shape = (p.batch, p.heads, p.width, p.value_width)
     out_shape = [
         _shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query),
@@ -348,7 +348,7 @@ def forward(
         out_specs=[
             specs["out"],
             specs["state"],
-            *[pl.BlockSpec((1, times, *specs["starts"].block_shape[2:]), specs["starts"].index_map)] * keep,
+            *[specs["starts"]] * keep,
         ],
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((p.tiling.heads, p.width, p.value_width), jnp.float32)],
@@ -369,7 +369,7 @@ def backward(
     with_gates: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of query, key, value, the initial state and, `with_gates`, of the sums b `[B, K, padded]`."""
-    specs = _specs(p, backward=True)
+    specs = _specs(p, starts=1, backward=True)
     t = p.tiling
     state = (t.heads, p.width, p.value_width)
     out_shape = [

@@ -451,7 +451,7 @@ BAD = [
     ({"is_causal": False, "log_decay": GATE, "return_state": True}, ValueError, "return_state: .* log_decay no single"),
     ({"is_causal": False, "log_decay": GATE, "query": Q[:, :4]}, ValueError, "log_decay: with is_causal=False"),
     ({"implementation": "fast"}, ValueError, "implementation: expected one of"),
-    ({"implementation": "pallas_tpu"}, NotImplementedError, "pallas_tpu of linear_attention runs on tpu, and this is cpu"),
+    ({"implementation": "pallas_tpu"}, NotImplementedError, "linear_attention runs on tpu, and this is cpu"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,41 @@
+"""One call of a linear op by its mixer: over the whole, from a state, or for one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from jattn.linear.arguments import LinearState
+from jattn.nn.layout import attend
+
+
+def attend_carried(
+    op: Callable[..., Any],
+    step: Callable[..., Any],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T Kv V"],
+    gates: Mapping[str, Array | None],
+    *,
+    segment_ids: Int[Array, "B T"] | None,
+    state: LinearState | None,
+    **options: Any,
+) -> tuple[Float[Array, "B T O V"], LinearState | None]:
+    """The heads, and the state after the last token when one was given.
+
+    Args:
+      op, step: a variant and its form for one token.
+      gates: what else the op reads, by argument name: `[heads]` or with a batch and a time axis in front.
+      options: static options of both.
+    """
+    if state is None:
+        arrays = {**gates, "segment_ids": segment_ids}
+        return attend(op, query, key, value, arrays=arrays, **options), None
+    if query.shape[1] == 1:
+        token = {name: gate if gate is None or gate.ndim == 1 else gate[:, 0] for name, gate in gates.items()}
+        out, state = step(query[:, 0], key[:, 0], value[:, 0], state, **token, **options)
+        return out[:, None], state
+    carried = {"segment_ids": segment_ids, "initial_state": state, "return_state": True}
+    return op(query, key, value, **gates, **carried, **options)
