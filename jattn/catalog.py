@@ -116,6 +116,7 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         name="retnet",
         op="jattn.linear.retention:retention",
+        layer="jattn.nn.gated:RetNetMixer",
         step="jattn.linear.retention:retention_step",
         summary="linear attention with decays per head that are powers of two away from 1",
         paper="Sun et al. 2023, eq. 5",
@@ -126,6 +127,7 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         name="simple_gla",
         op="jattn.linear.gated:simple_gla",
+        layer="jattn.nn.gated:SimpleGLAMixer",
         step="jattn.linear.gated:simple_gla_step",
         summary="linear attention with a decay per token and head (Mamba-2's recurrence)",
         paper="Dao and Gu 2024, eq. 16",
@@ -135,8 +137,20 @@ CATALOG: tuple[Entry, ...] = (
         golden="gla",
     ),
     Entry(
+        name="hgrn2",
+        op="jattn.linear.recurrence:linear_attention",
+        layer="jattn.nn.gated:HGRN2Mixer",
+        step="jattn.linear.recurrence:linear_attention_step",
+        summary="linear attention that writes as much as it forgets, key = 1 - decay per channel",
+        paper="Qin et al. 2024, eq. 8",
+        cost="T (C (H + V) + H V)",
+        causality="may",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
+    ),
+    Entry(
         name="delta_rule",
         op="jattn.linear.delta_rule:delta_rule",
+        layer="jattn.nn.delta:DeltaNetMixer",
         step="jattn.linear.delta_rule:delta_rule_step",
         summary="linear attention that overwrites what it holds under a key, with any decay or none",
         paper="Schlag et al. 2021, eq. 24; Yang et al. 2024, section 3",
@@ -148,6 +162,7 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         name="gated_delta_rule",
         op="jattn.linear.gated:gated_delta_rule",
+        layer="jattn.nn.delta:GatedDeltaNetMixer",
         step="jattn.linear.delta_rule:delta_rule_step",
         summary="the delta rule with a decay per token and head",
         paper="Yang et al. 2025, eq. 10",
@@ -159,6 +174,7 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         name="kda",
         op="jattn.linear.gated:kda",
+        layer="jattn.nn.delta:KDAMixer",
         step="jattn.linear.delta_rule:delta_rule_step",
         summary="the delta rule with a decay per token and key channel",
         paper="Kimi Linear 2025, eq. 1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Array, Float, Int
@@ -14,22 +14,22 @@ from jattn.nn.layout import attend
 def attend_carried(
     op: Callable[..., Any],
     step: Callable[..., Any],
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T Kv V"],
+    heads: Sequence[Float[Array, "B T _ _"]],
     gates: Mapping[str, Array | None],
     *,
     segment_ids: Int[Array, "B T"] | None,
     state: LinearState | None,
     **options: Any,
 ) -> tuple[Float[Array, "B T O V"], LinearState | None]:
-    """The heads, and the state after the last token when one was given.
+    """What the heads read, and the state after the last token when one was given.
 
     Args:
       op, step: a variant and its form for one token.
+      heads: query, key and value.
       gates: what else the op reads, by argument name: `[heads]` or with a batch and a time axis in front.
       options: static options of both.
     """
+    query, key, value = heads
     if state is None:
         arrays = {**gates, "segment_ids": segment_ids}
         return attend(op, query, key, value, arrays=arrays, **options), None

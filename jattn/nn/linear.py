@@ -81,10 +81,9 @@ class LinearBlock(nnx.Module):
         )
         self.norm = _output_norm(norm, self.projections, **settings)
         self.norm_by_head = norm.startswith("head_")
-        self.gate = None
-        if gate is not None:
-            features = self.projections.features
-            self.gate = Gate(width, features, gate_rank, activation=gate, use_bias=gate_bias, **settings)
+        features = self.projections.features
+        gate_settings: dict[str, Any] = {"activation": gate, "use_bias": gate_bias, **settings}
+        self.gate = None if gate is None else Gate(width, features, gate_rank, **gate_settings)
 
     def finish(self, x: Float[Array, "B T D"], heads: Float[Array, "B T N V"]) -> Float[Array, "B T D"]:
         """The norm, the gate and the output projection."""
@@ -152,7 +151,7 @@ class LightningMixer(LinearBlock):
     ) -> tuple[Float[Array, "B T D"], LinearState | None]:
         op, step = lightning_attention, lightning_attention_step
         gates = {"slopes": self.slopes[...]}
-        out, state = attend_carried(op, step, *self._heads(x), gates, segment_ids=segment_ids, state=state)
+        out, state = attend_carried(op, step, self._heads(x), gates, segment_ids=segment_ids, state=state)
         return self.finish(x, out), state
 
 
@@ -218,7 +217,7 @@ class LinearMixer(LinearBlock):
         op, step = linear_attention, linear_attention_step
         heads, gates = self.projections.split(x), {"log_decay": self.log_decay(x)}
         scale = self.projections.head_dim**-0.5
-        out, state = attend_carried(op, step, *heads, gates, segment_ids=segment_ids, state=state, scale=scale)
+        out, state = attend_carried(op, step, heads, gates, segment_ids=segment_ids, state=state, scale=scale)
         return self.finish(x, out), state
 
     def flops(self, batch: int, length: int) -> float:

@@ -95,7 +95,8 @@ class HeadConvolutions(nnx.Module):
         state: tuple[Array, ...] | None,
     ) -> tuple[list[Float[Array, "B T _ _"]], tuple[Array, ...] | None]:
         """The convolved queries, keys and values, and the state after the last token when one was given."""
-        out, after = [], []
+        out: list[Array] = []
+        after: list[Any] = []
         for index, (x, convolution) in enumerate(zip(heads, (self.query, self.key, self.value), strict=True)):
             before = None if state is None else state[index]
             flat, last = convolution(x.reshape(*x.shape[:2], -1), segment_ids=segment_ids, state=before)
