@@ -75,16 +75,14 @@ def retention_step(
 
 
 def retention_gamma(num_heads: int) -> Float[Array, " num_heads"]:
-    """RetNet's decays, 1 - 2^(-5 - h)."""
+    """RetNet's decays, 1 - 2^(-5 - h): exact in float32 up to 20 heads; later heads do not decay."""
     checks.check_count("num_heads", num_heads)
     return jnp.asarray(1 - 2.0 ** (-5 - np.arange(num_heads)), jnp.float32)
 
 
 def _log_decay(gamma: Any, key: Any, axis: int) -> Any:
     heads = key.shape[axis]
-    if gamma is None:
-        # Gammas near 1 are not float32 numbers; their logarithms are.
-        return jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(heads)))), checks.accumulator_dtype(key.dtype))
+    gamma = retention_gamma(heads) if gamma is None else gamma
     checks.bind_shapes(("gamma", gamma, "K"), K=heads)
     checks.check_floating(gamma=gamma)
     message = "expected decays above 0 and at most 1, got others; pass exp(log_decay)"
