@@ -41,14 +41,15 @@ def retention(
     The other arguments, the result and the errors are those of `linear_attention`.
     """
     arguments.check_arrays(query=query, key=key)
-    checks.bind_shapes(("query", query, "B T N H"), ("key", key, "B T K H"))
+    sizes = checks.bind_shapes(("query", query, "B T N H"), ("key", key, "B T K H"))
+    checks.check_grouped_heads(sizes["N"], sizes["K"])
     return linear_attention(
         query,
         key,
         value,
-        _log_decay(gamma, key, axis=2),
+        _log_decay(gamma, sizes["K"]),
         mask,
-        scale=arguments.scale(scale, default=query.shape[-1] ** -0.5),
+        scale=arguments.scale(scale, default=sizes["H"] ** -0.5),
         reverse=reverse,
         segment_ids=segment_ids,
         initial_state=initial_state,
@@ -69,9 +70,10 @@ def retention_step(
 ) -> tuple[Float[Array, "B N V"], LinearState]:
     """One token of `retention`: the output and the state to pass with the next token."""
     arguments.check_arrays(query=query, key=key)
-    checks.bind_shapes(("query", query, "B N H"), ("key", key, "B K H"))
-    scale = arguments.scale(scale, default=query.shape[-1] ** -0.5)
-    return linear_attention_step(query, key, value, state, _log_decay(gamma, key, axis=1), scale=scale)
+    sizes = checks.bind_shapes(("query", query, "B N H"), ("key", key, "B K H"))
+    checks.check_grouped_heads(sizes["N"], sizes["K"])
+    scale = arguments.scale(scale, default=sizes["H"] ** -0.5)
+    return linear_attention_step(query, key, value, state, _log_decay(gamma, sizes["K"]), scale=scale)
 
 
 def retention_gamma(num_heads: int) -> Float[Array, " num_heads"]:
@@ -80,8 +82,7 @@ def retention_gamma(num_heads: int) -> Float[Array, " num_heads"]:
     return jnp.asarray(1 - 2.0 ** (-5 - np.arange(num_heads)), jnp.float32)
 
 
-def _log_decay(gamma: Any, key: Any, axis: int) -> Any:
-    heads = key.shape[axis]
+def _log_decay(gamma: Any, heads: int) -> Any:
     gamma = retention_gamma(heads) if gamma is None else gamma
     checks.bind_shapes(("gamma", gamma, "K"), K=heads)
     checks.check_floating(gamma=gamma)
