@@ -9,17 +9,17 @@ import jax.numpy as jnp
 
 from pallas_kernels import linear
 from pallas_kernels.lab import Case
+from pallas_kernels.lab.chips import CHIPS
 from pallas_kernels.linear.tiling import choose
 
 BATCH, LENGTH, HEADS, WIDTH = 1, 8192, 8, 128
-CORES = {"v4": 2, "v5p": 2}
 
 
 def cases(target: str) -> dict[str, Case]:
     """Forward and backward, for gates of each head and of each token; the roofline reads and writes each array once."""
     if target == "h100":
         return {}
-    blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, cores=CORES.get(target, 1))
+    blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, cores=CHIPS[target].cores)
     call = linear.Call(1.0, jnp.bfloat16, "tpu", blocks)
     token = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((BATCH, HEADS, WIDTH, WIDTH), jnp.float32)
