@@ -11,8 +11,9 @@ import pytest
 
 from train import compile as ahead
 from train import topology as chips
-from train.config import load_recipe, parse_overrides
+from train.config import MeshConfig, load_recipe, parse_overrides
 from train.errors import UserError
+from train.sharding import make_mesh
 
 PODS = {
     "v5e:2x4": ("lm_v5e_8", ""),
@@ -87,6 +88,13 @@ def test_a_torus_that_cannot_be_cut_is_named(monkeypatch):
     chips.prepare("v5e:2x4")
     with pytest.raises(UserError, match="torus of 2 x 4 x 1 chips"):
         ahead.place(load_recipe("lm_v5e_8"), chips.devices_of("v5e:2x4"))
+
+
+def test_an_axis_may_cut_a_side_of_the_torus():
+    """8 of 4 x 4 chips: one side and half of the other."""
+    chips.prepare("v5e-16")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=8), chips.devices_of("v5e-16"))
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2, 8)
 
 
 def test_a_step_compiles_for_h100():

@@ -6,13 +6,24 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.train.runs import TINY, assert_same_bits, final_arrays, finish, sealed, start, wait_for
+from tests.train.runs import (
+    ROOT,
+    TINY,
+    assert_same_bits,
+    environment,
+    final_arrays,
+    finish,
+    sealed,
+    start,
+    wait_for,
+)
 from train.distributed import Processes, take_flags
 from train.errors import UserError
 
@@ -28,14 +39,18 @@ def cache(tmp_path_factory) -> dict[str, str]:
     return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def start_all(count: int, *words: str, devices: int, **more: str) -> list[subprocess.Popen[str]]:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+        return found.getsockname()[1]
+
+
+def start_all(count: int, *words: str, devices: int, **more: str) -> list[subprocess.Popen[str]]:
+    coordinator = f"--coordinator 127.0.0.1:{free_port()}"
     return [
         start(
             *words,
-            f"--coordinator 127.0.0.1:{port} --num-processes {count} --process-id {index}",
+            f"{coordinator} --num-processes {count} --process-id {index}",
             devices=devices,
             **more,
         )
@@ -140,6 +155,41 @@ def test_an_error_of_one_process_ends_all_with_the_message(tmp_path, cache):
     assert [process.returncode for process in processes] == [2, 2]
     for output in outputs:
         assert "cannot be split into training and held-out" in output
+
+
+LATE = """
+import sys, time
+from train import distributed
+from train.errors import UserError
+
+def refuse():
+    raise UserError("the folder is none")
+
+index = int(sys.argv[2])
+distributed.initialise(distributed.Processes(False, f"127.0.0.1:{sys.argv[1]}", 2, index))
+with distributed.together():
+    time.sleep(3 * index)
+    distributed.decide("folder", refuse)
+"""
+
+
+def test_a_process_that_comes_late_hears_the_message_too():
+    """Process 0 holds what the others read the message from."""
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE, port, str(index)],
+            env=environment(),
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for index in range(2)
+    ]
+    for process, output in zip(processes, ends(processes, 60), strict=True):
+        assert process.returncode == 2, output
+        assert "error: the folder is none" in output
 
 
 def test_a_run_by_seconds_is_for_one_host(tmp_path, cache):
