@@ -24,7 +24,7 @@ def step_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 class SoftplusDecay(nnx.Module):
-    """Delta and log a per head or per channel; W may go through `rank` channels. exp(r) starts uniform from 1 to 16.
+    """log a per head or per channel; W may go through `rank` channels. exp(r) starts uniform from 1 to 16.
 
     Args:
       heads, channels: numbers of r, and of Delta for each of them.
@@ -46,13 +46,13 @@ class SoftplusDecay(nnx.Module):
         self.up = nnx.Linear(width if rank is None else rank, heads * channels, bias_init=step_bias, **settings)
         self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), param_dtype, 1.0, 16.0)))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K X"], Float[Array, "B T K X"]]:
-        """Delta and log a, X the channels of a head; both in float32 or wider."""
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K X"]:
+        """log a, X the channels of a head; in float32 or wider."""
         accumulator = checks.accumulator_dtype(x.dtype)
         logits = self.up(x if self.down is None else self.down(x)).astype(accumulator)
         rate = jnp.exp(self.log_rate[...].astype(accumulator))
         step = jax.nn.softplus(logits).reshape(*x.shape[:-1], rate.shape[0], -1)
-        return step, -rate[:, None] * step
+        return -rate[:, None] * step
 
     def flops(self, tokens: int) -> float:
         return matrix_flops(tokens, self.down, self.up)

@@ -94,7 +94,7 @@ class DeltaNetMixer(LinearBlock):
         """`[B, T, Kv]`, `[B, T, Kv, H]` or `None`; float32 or wider."""
         if self.decay is None:
             return None
-        _, log_decay = self.decay(x)
+        log_decay = self.decay(x)
         return log_decay[..., 0] if log_decay.shape[-1] == 1 else log_decay
 
     def __call__(
