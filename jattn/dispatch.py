@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,6 +88,20 @@ def _candidates(op: str, table: dict[str, Implementation], choice: Choice) -> li
     return [full for name in names for full in _EXPANSION.get(name, (name,))]
 
 
+def _check_whole(platforms: tuple[str, ...]) -> None:
+    """Raises `NotImplementedError` where the compiler may be asked to split the call."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape[axis] for axis in (*mesh.auto_axes, *mesh.explicit_axes))
+    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if here in platforms and not mesh.manual_axes:
+        devices = max(devices, jax.device_count())
+    if devices > 1:
+        raise NotImplementedError(
+            f"the compiler cannot split a kernel over {devices} devices; run it by jattn.sharding.shard_attention, or "
+            "name the implementation where all of it is on one device"
+        )
+
+
 def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice, *arrays: Any, **options: Any) -> Any:
     """Run the implementation of `op` that `choice` names or, for `None`, the first that fits each platform.
 
@@ -109,6 +124,8 @@ def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice,
             refused[name] = f"{op} has no such implementation, it has {', '.join(table)}"
             continue
         try:
+            if choice is None and name in _HOME:
+                _check_whole(_HOME[name])
             table[name].check(*arrays, **options)
         except NotImplementedError as reason:
             refused[name] = str(reason)
@@ -164,7 +181,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]
     token = _decisions.set(log)
     try:
         # A fresh function each time: a cached trace would make no decisions.
-        inner = getattr(op, "__wrapped__", op)
+        inner = getattr(op, "__wrapped__", op) if isinstance(op, jax.stages.Wrapped) else op
         jax.eval_shape(lambda *arrays: inner(*arrays, **kwargs), *args)
     finally:
         _decisions.reset(token)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jattn import masks
 from jattn.dot_product import dot_product_attention, merge_attentions
@@ -33,7 +33,7 @@ from jattn.linear.retention import retention, retention_gamma
 from jattn.sparse.sliding_window import sliding_window_attention
 
 Axes = str | Sequence[str] | None
-ARRAYS = ("segment_ids", "log_decay", "slopes", "gamma", "beta")
+ARRAYS = ("segment_ids", "log_decay", "slopes", "gamma", "beta", "initial_state")
 
 
 def shard_attention(
@@ -44,7 +44,7 @@ def shard_attention(
     heads: Axes = None,
     context: str | None = None,
     **options: Any,
-) -> Callable[..., Float[Array, "B T N V"]]:
+) -> Callable[..., Any]:
     """`op` over the axes of `mesh`.
 
     Args:
@@ -56,8 +56,9 @@ def shard_attention(
       options: static options of the op, none of them an array.
 
     Returns:
-      `f(query, key, value, *, segment_ids=None, log_decay=None, slopes=None, gamma=None, beta=None)` on global arrays.
-      Only the array arguments that the op has may be given.
+      `f(query, key, value, *, segment_ids=None, log_decay=None, slopes=None, gamma=None, beta=None,
+      initial_state=None)` on global arrays, which returns what the op does. Only the array arguments that the op has
+      may be given.
 
     Raises:
       NotImplementedError: another array, another result, or a combination with `context` that is not made: the
@@ -80,35 +81,39 @@ def shard_attention(
         names = ", ".join(known.__name__ for known in table)
         raise ValueError(f"op: expected one of {names}, got {getattr(op, '__name__', op)}")
     _check_axes(mesh, batch=batch, heads=heads, context=context)
-    _check_options(heads, options)
+    _check_options(heads, context, options)
 
-    def sharded(query: Array, key: Array, value: Array, **given: Array | None) -> Array:
+    def sharded(query: Array, key: Array, value: Array, **given: Any) -> Any:
         for name in given:
             if name not in ARRAYS:
                 raise TypeError(f"{name}: expected one of {', '.join(ARRAYS)}")
         arrays = {name: array for name, array in given.items() if array is not None}
         if context is not None and isinstance(arrays.get("segment_ids"), tuple):
             raise NotImplementedError("segment_ids: with context, expected one array for queries and keys, got a pair")
+        if context is not None and "initial_state" in arrays:
+            raise NotImplementedError("initial_state: with context, the first device begins with nothing")
         # What is wrong with the call as such, the op says in the terms of the call, not of a piece of it.
-        jax.eval_shape(lambda *operands: op(*operands[:3], **operands[3], **options), query, key, value, arrays)
+        whole = jax.eval_shape(lambda *operands: op(*operands[:3], **operands[3], **options), query, key, value, arrays)
         operands = (("query", query), ("key", key), ("value", value))
         _check_divides(mesh, *operands, batch=batch, heads=heads, context=context)
         if op is retention:  # a device does not know which heads it has
             arrays.setdefault("gamma", retention_gamma(key.shape[2]))
 
-        token = P(batch, context, heads, None)
+        token, state = P(batch, context, heads, None), P(batch, heads)
         gate = {1: P(heads), 3: P(batch, context, heads), 4: token}
         specs = {"segment_ids": P(batch, context), "slopes": P(heads), "gamma": P(heads), "beta": gate[3]}
+        specs["initial_state"] = state
         if "log_decay" in arrays:
             specs["log_decay"] = gate[arrays["log_decay"].ndim]
 
-        def body(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
+        def body(query: Array, key: Array, value: Array, arrays: dict[str, Any]) -> Any:
             if context is None:
                 return op(query, key, value, **arrays, **options)
             return table[op](query, key, value, axis=context, **arrays, **options)
 
         in_specs = (token, token, token, {name: specs[name] for name in arrays})
-        return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=token)(query, key, value, arrays)
+        out_specs = (token, state) if isinstance(whole, tuple) else token
+        return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(query, key, value, arrays)
 
     return sharded
 
@@ -130,23 +135,23 @@ def _check_axes(mesh: Mesh | AbstractMesh, **named: Axes) -> None:
         raise TypeError(f"context: expected the name of one mesh axis, got {named['context']!r}")
 
 
-def _check_options(heads: Axes, options: dict[str, Any]) -> None:
+def _check_options(heads: Axes, context: str | None, options: dict[str, Any]) -> None:
     for name, option in options.items():
         if any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(option)):
             raise NotImplementedError(
                 f"{name}: arrays are split over the mesh only as query, key, value, {', '.join(ARRAYS)}"
             )
-        if name in ("return_lse", "return_state") and option:
+        if (name == "return_lse" or (name == "return_state" and context is not None)) and option:
             raise NotImplementedError(f"{name}: only the output is returned from the mesh")
-    if heads is not None and _reads_heads(options.get("mask")):
+    if heads is not None and reads_heads(options.get("mask")):
         raise NotImplementedError(
             "mask: an Fn may read the index of its head, which a device does not know; heads=None"
         )
 
 
-def _reads_heads(mask: Any) -> bool:
+def reads_heads(mask: Any) -> bool:
     parts = getattr(mask, "terms", None) or (getattr(mask, "term", None),)
-    return isinstance(mask, masks.Fn) or any(part is not None and _reads_heads(part) for part in parts)
+    return isinstance(mask, masks.Fn) or any(part is not None and reads_heads(part) for part in parts)
 
 
 def _check_divides(

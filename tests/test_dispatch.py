@@ -35,6 +35,24 @@ def test_none_takes_the_first_that_is_at_home():
     assert decision.passed_over == ("reference",)
 
 
+def test_a_kernel_runs_unasked_only_where_the_compiler_does_not_split():
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def chosen(op, **how):
+        rows = jax.sharding.PartitionSpec("data")
+        mapped = jax.shard_map(op, mesh=mesh, in_specs=rows, out_specs=rows, **how) if how else op
+        (decision,) = explain(mapped, jnp.ones(8))
+        return decision
+
+    with jax.set_mesh(mesh):
+        decision = chosen(op)
+        assert decision.chosen == {"cpu": "xla", "tpu": "xla", "cuda": "xla"}
+        assert "cannot split a kernel over 8 devices; run it by jattn.sharding" in decision.refused["pallas_tpu"]
+        assert chosen(lambda x: op(x, implementation=("pallas", "xla"))).chosen["tpu"] == "pallas_tpu"
+    assert chosen(op, axis_names={"data", "tensor"}).chosen["tpu"] == "pallas_tpu"
+    assert "over 4 devices" in chosen(op, axis_names={"data"}).refused["pallas_gpu"]
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_the_platform_is_settled_while_lowering(platform):
     lowered = jax.jit(op).trace(jnp.ones(())).lower(lowering_platforms=(platform,)).as_text()

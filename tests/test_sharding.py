@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jattn import masks
 from jattn.dot_product import dot_product_attention
+from jattn.linear.arguments import LinearState
 from jattn.linear.delta_rule import delta_rule
 from jattn.linear.gated import gated_delta_rule, kda, simple_gla
 from jattn.linear.lightning import lightning_attention
@@ -96,6 +97,25 @@ def test_batch_and_heads(name):
     sharded = shard_attention(op, everything_but_context(), batch="data", heads="tensor", **options)
     want = value_and_gradients(functools.partial(op, **options), x, SEGMENTS)
     assert_close(value_and_gradients(sharded, x, SEGMENTS), want)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_state_goes_in_and_comes_out_of_a_mesh(normalize):
+    x, generator = make(), np.random.default_rng(5)
+    start = LinearState(*(generator.standard_normal((B, K, H, *tail)).astype(np.float32) for tail in ((V,), ())))
+    start = start if normalize else LinearState(start.S, None)
+    # Far from 0, so that no denominator is near it.
+    options = {"normalize": normalize, "eps": 50.0, "return_state": True}
+
+    def both(op: Any) -> Any:
+        def loss(x: Any, start: Any) -> Any:
+            out, end = op(**x, initial_state=start, segment_ids=SEGMENTS)
+            return jnp.sum(out * WEIGHTS) + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(end)), (out, end)
+
+        return quick_jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, start)
+
+    sharded = shard_attention(linear_attention, everything_but_context(), batch="data", heads="tensor", **options)
+    assert_close(both(sharded), both(functools.partial(linear_attention, **options)))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -194,7 +214,7 @@ ZEROS = np.zeros((B, T, K, H), np.float32)
         (dot_product_attention, "^sinks: arrays are split", NotImplementedError, {"sinks": np.zeros(N, np.float32)}),
         (dot_product_attention, "^bias: arrays", NotImplementedError, {"bias": np.zeros((1, 1, T, T), np.float32)}),
         (dot_product_attention, "^mask: arrays", NotImplementedError, {"mask": np.ones((1, 1, T, T), bool)}),
-        (linear_attention, "^initial_state: arrays", NotImplementedError, {"initial_state": (ZEROS[:, 0], None)}),
+        (linear_attention, "^initial_state: with context", NotImplementedError, {"initial_state": (ZEROS[:, 0], None)}),
         (dot_product_attention, "not mask=", NotImplementedError, {"mask": masks.SlidingWindow(3)}),
         (dot_product_attention, "^context: .* as many", NotImplementedError, {"mask": masks.Causal(), "length": 2 * T}),
         (dot_product_attention, "^is_causal: .* two readings", ValueError, {"is_causal": True, "length": 2 * T}),

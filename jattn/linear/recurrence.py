@@ -344,10 +344,9 @@ def _fused(platform: kernel.Platform) -> Callable[..., tuple[Array, LinearState]
     return functools.partial(_attend, causal)
 
 
-# The compiler cannot split a kernel over the devices of a mesh, so what runs unasked is what it can split.
 _IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", _fused("tpu"), _check_fused),
     Implementation("xla", functools.partial(_attend, chunked.causal)),
     Implementation("reference", functools.partial(_attend, token_scan)),
-    Implementation("pallas_tpu", _fused("tpu"), _check_fused),
     Implementation("interpret", _fused("interpret"), _check_fused),
 )

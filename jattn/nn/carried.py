@@ -30,12 +30,11 @@ def attend_carried(
       options: static options of both.
     """
     query, key, value = heads
+    arrays: dict[str, Any] = {**gates, "segment_ids": segment_ids}
     if state is None:
-        arrays = {**gates, "segment_ids": segment_ids}
         return attend(op, query, key, value, arrays=arrays, **options), None
     if query.shape[1] == 1:
         token = {name: gate if gate is None or gate.ndim == 1 else gate[:, 0] for name, gate in gates.items()}
         out, state = step(query[:, 0], key[:, 0], value[:, 0], state, **token, **options)
         return out[:, None], state
-    carried = {"segment_ids": segment_ids, "initial_state": state, "return_state": True}
-    return op(query, key, value, **gates, **carried, **options)
+    return attend(op, query, key, value, arrays=arrays | {"initial_state": state}, return_state=True, **options)

@@ -22,7 +22,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jattn.sharding import shard_attention
+from jattn.sharding import reads_heads, shard_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +100,23 @@ def attend(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K V"],
     *,
-    arrays: dict[str, Array | None],
+    arrays: dict[str, Any],
     **options: Any,
-) -> Float[Array, "B T N V"]:
-    """`op(query, key, value, **arrays, **options)`, on the mesh where a layout splits the sequence."""
+) -> Any:
+    """`op(query, key, value, **arrays, **options)`, on the mesh where there is a layout.
+
+    Every device runs the op for its own rows, heads and tokens: kernels cannot be split by the compiler.
+    """
     given = {name: array for name, array in arrays.items() if array is not None}
     layout = _current.get()
-    if layout is None or layout.size(layout.context) == 1:
+    if layout is None:
+        return op(query, key, value, **given, **options)
+    context = layout.context if layout.size(layout.context) > 1 else None
+    if context is not None and "initial_state" in given:  # a prompt is read by the compiler's own splitting
         return op(query, key, value, **given, **options)
     split = layout.size(layout.heads)
-    heads = None if query.shape[2] % split or key.shape[2] % split else layout.heads
-    on_mesh = shard_attention(op, layout.mesh, batch=layout.batch, heads=heads, context=layout.context, **options)
+    by_head = query.shape[2] % split or key.shape[2] % split or value.shape[2] % split
+    heads = None if by_head or reads_heads(options.get("mask")) else layout.heads
+    batch = None if query.shape[0] % layout.size(*layout.batch) else layout.batch
+    on_mesh = shard_attention(op, layout.mesh, batch=batch, heads=heads, context=context, **options)
     return on_mesh(query, key, value, **given)
