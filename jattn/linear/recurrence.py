@@ -333,7 +333,7 @@ def _check_fused(
     if chunk_size is not None:
         raise NotImplementedError("the kernel has chunks of its own; leave chunk_size out")
     gates = jax.ShapeDtypeStruct(key.shape[2:3], "float32") if log_decay is None else log_decay
-    kernel.check(query, key, value, gates)
+    kernel.additive.check(query, key, value, gates)
 
 
 def _fused(platform: kernel.Platform) -> Callable[..., tuple[Array, LinearState]]:

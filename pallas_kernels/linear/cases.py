@@ -32,10 +32,10 @@ def cases(target: str) -> dict[str, Case]:
         trained = () if name == "scalar" else None
 
         def forward(*operands: Any) -> Any:
-            return linear.attend(call, *operands)
+            return linear.additive.attend(call, *operands)
 
         def backward(q: Any, k: Any, v: Any, g: Any, starts: Any, *cotangents: Any, trained: Any = trained) -> Any:
-            return linear.attend_backward(call, (q, k, v, g, starts, trained), cotangents)
+            return linear.additive.attend_backward(call, (q, k, v, g, starts, trained), cotangents)
 
         found[f"{name}-forward"] = Case(forward, (token, token, token, gate, state), 4 * once)
         found[f"{name}-backward"] = Case(backward, (token, token, token, gate, starts, token, state), 7 * once)

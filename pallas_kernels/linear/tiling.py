@@ -56,20 +56,27 @@ def choose(
     value_width: int,
     dtype: Any,
     *,
+    shared: int = 1,
+    solves: bool = False,
     cores: int | None = None,
 ) -> Tiling:
     """The cut for a problem: as many heads as fill whole lanes, fit and leave no core idle; then as many chunks.
 
     Args:
+      shared: heads that have one query and key head.
+      solves: for the delta rule, whose units are several times larger.
       cores: of a device; `None` asks the device that is compiled for, where it is known.
     """
     chunk, size = LANES, jnp.dtype(dtype).itemsize
     cores = cores or _cores()
-    possible = [n for n in range(1, min(heads, 8) + 1) if heads % n == 0 and _whole(heads, n, width, value_width)]
+    most = min(heads, 4 if solves else 8)
+    possible = [
+        n for n in range(shared, most + 1, shared) if heads % n == 0 and _whole(heads, n, shared, width, value_width)
+    ]
     busy = [n for n in possible if batch * (heads // n) % cores == 0]
     together = max(busy or possible or [heads])
     # A float32 product is six passes of the matrix unit, and as much code.
-    units = UNITS if size == 2 else UNITS // 4
+    units = (UNITS if size == 2 else UNITS // 4) // (4 if solves else 1)
     chunks = max(min(units // (together * group), -(-length // chunk)), 1)
 
     def taken(chunks: int) -> int:
@@ -92,9 +99,9 @@ def _cores() -> int:
     return 2 if kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
 
 
-def _whole(heads: int, together: int, width: int, value_width: int) -> bool:
+def _whole(heads: int, together: int, shared: int, width: int, value_width: int) -> bool:
     """Whether blocks of `together` heads are whole tiles of lanes, or all heads."""
-    return together == heads or (together * width % LANES == 0 and together * value_width % LANES == 0)
+    return together == heads or (together // shared * width % LANES == 0 and together * value_width % LANES == 0)
 
 
 def check(width: int, value_width: int, dtype: Any, blocks: Tiling | None) -> None:

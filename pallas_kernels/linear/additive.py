@@ -1,0 +1,134 @@
+"""Causal linear attention with decay as fused kernels, differentiable in every argument.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T          o_t = scale S_t^T q_t
+
+    out, state = linear_attention(query, key, value, log_decay, segment_ids, state, scale=1.0, platform="tpu")
+
+What is kept for the backward pass is the arguments and one state for every few hundred tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.linear import additive_tpu, gates, tiling
+from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
+from pallas_kernels.linear.tiling import Tiling
+from pallas_kernels.linear.walk import Problem
+
+
+def linear_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    log_decay: Float[Array, " K"] | Float[Array, "B T K"],
+    segment_ids: Int[Array, "B T"] | None,
+    state: Float[Array, "B K H V"],
+    *,
+    scale: float,
+    platform: Platform,
+    out_dtype: Any = None,
+    blocks: Tiling | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B K H V"]]:
+    """Outputs and the state after the last token.
+
+    Args:
+      query, key, value: bfloat16 or float32; query head n reads key head `n // (N // K)`.
+      log_decay: float32, at most 0; one for each head, or one for each token and head.
+      segment_ids: sequences packed one after another; the state before the first token belongs to the first of them.
+      state: float32.
+      platform: "tpu", or "interpret" to run the TPU's kernel step by step anywhere.
+      out_dtype: of the outputs; the query's by default.
+      blocks: how the work is cut up; `None` chooses.
+
+    Raises:
+      NotImplementedError: what the kernel does not do, with the reason.
+    """
+    check(query, key, value, log_decay, blocks=blocks)
+    batch, length, _, width = query.shape
+    heads, value_width = key.shape[2], value.shape[-1]
+    cut = blocks or tiling.choose(batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
+    log_decay = given_gates(log_decay, segment_ids, (batch, length, heads), cut)
+    call = Call(scale, out_dtype or query.dtype, platform, cut)
+    operands = alike(query, key, value, log_decay, state)
+    return attend(call, *operands)
+
+
+def check(query: Any, key: Any, value: Any, log_decay: Any, *, blocks: Tiling | None = None) -> None:
+    """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
+    if log_decay.ndim == 4:
+        raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
+    tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
+
+
+def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array) -> Problem:
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    return Problem(
+        batch=batch,
+        length=length,
+        heads=kv_heads,
+        group=heads // kv_heads,
+        width=width,
+        value_width=value.shape[-1],
+        constant=log_decay.ndim == 1,
+        scale=call.scale,
+        dtype=query.dtype,
+        tiling=call.tiling,
+        interpret=call.platform == "interpret",
+    )
+
+
+def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> Any:
+    p = _problem(call, query, key, value, log_decay)
+    out, end, starts = additive_tpu.forward(
+        p, flat(query), flat(key), flat(value), gate_arrays(p, log_decay), state, keep=keep, out_dtype=call.out_dtype
+    )
+    return (out.reshape(*query.shape[:3], -1), end), starts
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(call: Call, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:
+    return _run(call, False, query, key, value, log_decay, state)[0]
+
+
+def attend_forward(call: Call, *operands: Any) -> Any:
+    query, key, value, log_decay, state = (x.value for x in operands)
+    out, starts = _run(call, True, query, key, value, log_decay, state)
+    # The gradient of the gates costs about a tenth of the backward pass, and slopes of Lightning Attention want none.
+    wanted = () if operands[3].perturbed else None
+    return out, (query, key, value, log_decay, starts, wanted)
+
+
+def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+    query, key, value, log_decay, starts, wanted = residuals
+    out_gradient, end_gradient = zeros_for_symbols(cotangents)
+    p = _problem(call, query, key, value, log_decay)
+    dq, dk, dv, dstate, sums = additive_tpu.backward(
+        p,
+        flat(query),
+        flat(key),
+        flat(value),
+        gate_arrays(p, log_decay),
+        starts,
+        flat(out_gradient).astype(query.dtype),
+        end_gradient,
+        with_gates=wanted is not None,
+    )
+    if sums is None:
+        dgates = jnp.zeros_like(log_decay)
+    else:
+        per_token = jnp.broadcast_to(log_decay, (*key.shape[:3],))
+        dgates = gates.of_sums(sums, per_token, call.tiling.chunk)
+        dgates = dgates if log_decay.ndim > 1 else jnp.sum(dgates, axis=(0, 1))
+    return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dgates, dstate
+
+
+attend.defvjp(attend_forward, attend_backward, symbolic_zeros=True)

@@ -1,0 +1,66 @@
+"""What the entries of the linear kernels share: the fixed part of a call, and the arrays that kernels read."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.linear import gates
+from pallas_kernels.linear.tiling import Tiling
+from pallas_kernels.linear.walk import Problem
+
+Platform = Literal["tpu", "interpret"]
+
+
+class Call(NamedTuple):
+    """What is fixed while tracing."""
+
+    scale: float
+    out_dtype: Any
+    platform: Platform
+    tiling: Tiling
+
+
+def alike(*operands: Array) -> list[Array]:
+    """Inside `shard_map`: all of them varying along the mesh axes that any of them varies along."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+    if not axes:
+        return list(operands)
+    missing = [axes - jax.typeof(x).manual_axis_type.varying for x in operands]
+    return [
+        jax.lax.pcast(x, tuple(lacks), to="varying") if lacks else x for x, lacks in zip(operands, missing, strict=True)
+    ]
+
+
+def given_gates(
+    log_decay: Array, segment_ids: Int[Array, "B T"] | None, per_token: tuple[int, int, int], blocks: Tiling
+) -> Array:
+    """Gates with segments put into them: one for each head, or one for each token and head."""
+    if segment_ids is not None:
+        return gates.separate(log_decay, segment_ids)
+    if log_decay.ndim == 1 and per_token[1] % blocks.forward.tokens:
+        # Tables know nothing of where the tokens end.
+        return jnp.broadcast_to(log_decay, per_token)
+    return log_decay
+
+
+def gate_arrays(p: Problem, log_decay: Array) -> tuple[Array, ...]:
+    """The weights of constant gates, or the sums of others."""
+    if p.constant:
+        return gates.tables(log_decay, p.tiling.chunk, max(p.width, p.value_width))
+    return (gates.sums(log_decay, p.tiling.chunk, p.padded, p.tiling.heads, p.dtype),)
+
+
+def flat(x: Array) -> Array:
+    """Heads side by side along the lanes."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def zeros_for_symbols(cotangents: tuple[Any, ...]) -> tuple[Array, ...]:
+    """The cotangents, with arrays of zeros for those that nothing depends on."""
+    return tuple(
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents
+    )

@@ -1,0 +1,147 @@
+"""The delta rule with decay as fused kernels, differentiable in every argument.
+
+    S~_t = exp(g_t) S_{t-1}      S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T      o_t = scale S_t^T q_t
+
+    out, state = delta_rule(query, key, value, beta, log_decay, segment_ids, state, scale=1.0, platform="tpu")
+
+What is kept for the backward pass is the arguments and one state for every few hundred tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.linear import delta_tpu, gates, tiling
+from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
+from pallas_kernels.linear.tiling import Tiling
+from pallas_kernels.linear.walk import Problem
+
+
+def delta_rule(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T Kv V"],
+    beta: Float[Array, "B T Kv"],
+    log_decay: Float[Array, " Kv"] | Float[Array, "B T Kv"],
+    segment_ids: Int[Array, "B T"] | None,
+    state: Float[Array, "B Kv H V"],
+    *,
+    scale: float,
+    platform: Platform,
+    out_dtype: Any = None,
+    blocks: Tiling | None = None,
+) -> tuple[Float[Array, "B T O V"], Float[Array, "B Kv H V"]]:
+    """Outputs, O the larger of N and Kv, and the state after the last token.
+
+    Args:
+      query, key, value: bfloat16 or float32; query head n reads state `n // (N // Kv)`, or states are more than the
+        query and key heads, and state h has head `h // (Kv // K)`.
+      beta, log_decay: float32; gates at most 0, one for each state, or one for each token and state.
+      segment_ids: sequences packed one after another; the state before the first token belongs to the first of them.
+      state: float32.
+      platform: "tpu", or "interpret" to run the TPU's kernel step by step anywhere.
+      out_dtype: of the outputs; the query's by default.
+      blocks: how the work is cut up; `None` chooses.
+
+    Raises:
+      NotImplementedError: what the kernel does not do, with the reason.
+    """
+    check(query, key, value, log_decay, blocks=blocks)
+    batch, length, heads, width = query.shape
+    states, value_width = value.shape[2:]
+    shared = states // key.shape[2]
+    sizes = (batch, length, states, max(heads // states, 1), width, value_width, query.dtype)
+    cut = blocks or tiling.choose(*sizes, shared=shared, solves=True)
+    log_decay = given_gates(log_decay, segment_ids, (batch, length, states), cut)
+    call = Call(scale, out_dtype or query.dtype, platform, cut)
+    return attend(call, *alike(query, key, value, beta, log_decay, state))
+
+
+def check(query: Any, key: Any, value: Any, log_decay: Any, *, blocks: Tiling | None = None) -> None:
+    """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
+    if log_decay.ndim == 4:
+        raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
+    tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
+
+
+def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array) -> Problem:
+    batch, length, heads, width = query.shape
+    states, value_width = value.shape[2:]
+    return Problem(
+        batch=batch,
+        length=length,
+        heads=states,
+        group=max(heads // states, 1),
+        width=width,
+        value_width=value_width,
+        constant=log_decay.ndim == 1,
+        scale=call.scale,
+        dtype=query.dtype,
+        tiling=call.tiling,
+        interpret=call.platform == "interpret",
+        shared=states // key.shape[2],
+    )
+
+
+def _beta_array(p: Problem, beta: Array) -> Array:
+    """[B, groups, heads, padded], with nothing written after the last token."""
+    padded = jnp.pad(beta.astype(jnp.float32), ((0, 0), (0, p.padded - p.length), (0, 0)))
+    return jnp.moveaxis(padded, 1, 2).reshape(p.batch, -1, p.tiling.heads, p.padded)
+
+
+def _run(call: Call, keep: bool, *operands: Array) -> Any:
+    query, key, value, beta, log_decay, state = operands
+    p = _problem(call, query, key, value, log_decay)
+    arrays = (gate_arrays(p, log_decay), _beta_array(p, beta), state)
+    out, end, starts = delta_tpu.forward(
+        p, flat(query), flat(key), flat(value), *arrays, keep=keep, out_dtype=call.out_dtype
+    )
+    return (out.reshape(*query.shape[:2], -1, value.shape[-1]), end), starts
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(
+    call: Call, query: Array, key: Array, value: Array, beta: Array, log_decay: Array, state: Array
+) -> tuple[Array, Array]:
+    return _run(call, False, query, key, value, beta, log_decay, state)[0]
+
+
+def attend_forward(call: Call, *operands: Any) -> Any:
+    *arrays, state = (x.value for x in operands)
+    out, starts = _run(call, True, *arrays, state)
+    wanted = () if operands[4].perturbed else None
+    return out, (*arrays, starts, wanted)
+
+
+def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+    query, key, value, beta, log_decay, starts, wanted = residuals
+    out_gradient, end_gradient = zeros_for_symbols(cotangents)
+    p = _problem(call, query, key, value, log_decay)
+    dq, dk, dv, dstate, sums, dbeta = delta_tpu.backward(
+        p,
+        flat(query),
+        flat(key),
+        flat(value),
+        gate_arrays(p, log_decay),
+        _beta_array(p, beta),
+        starts,
+        flat(out_gradient).astype(query.dtype),
+        end_gradient,
+        with_gates=wanted is not None,
+    )
+    dgates = jnp.zeros_like(log_decay)
+    if wanted is not None:
+        dgates = gates.of_sums(sums, jnp.broadcast_to(log_decay, beta.shape), call.tiling.chunk)
+        dgates = dgates if log_decay.ndim > 1 else jnp.sum(dgates, axis=(0, 1))
+    dbeta = jnp.moveaxis(dbeta[..., : p.length], 1, 2).astype(beta.dtype)
+    return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dbeta, dgates, dstate
+
+
+attend.defvjp(attend_forward, attend_backward, symbolic_zeros=True)

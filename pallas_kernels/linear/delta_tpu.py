@@ -1,0 +1,322 @@
+"""The delta rule on TPU: one walk over the chunks forward, one backward.
+
+    L  = beta (k k^T) * pair, below the diagonal         X = (I + L)^-1
+    r  = v - (k * read) S                                u = X (beta r)
+    o  = scale [(q k^T) * pair | q * read] [u ; S]       S' = total S + (k * write)^T u
+
+What the state already holds under a key is taken from the value before the system is solved, so that no large numbers
+are left to cancel. Backward, with the gradient dS' of the state after the chunk and e = r - (k k^T * pair) u:
+
+    a   = scale (q k^T) * pair    du = a^T do + write * (k dS'^T)       dy = X^T du      dv = dr = beta dy
+    da  = scale (do u^T) * pair   dg = -(dr u^T) * pair, below the diagonal              dbeta = rowsum(dy * e)
+    dq  = da k + scale (do * read) S^T                    dk_row = dg k - (dr * read) S^T
+    dk_column = dg^T k + da^T q + (u * write) dS'^T       dk = dk_row + dk_column
+    db  = rowsum(q * dq + k * dk_row - k * dk_column), and the last row of db gains sum(S' * dS')
+    dS  = total dS' + scale q^T (do * read) - k^T (dr * read)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.linear import walk
+from pallas_kernels.linear.solve import unit_lower_inverse
+from pallas_kernels.linear.walk import Problem, dot
+
+
+def _betas(p: Problem, ref: Any, width: int) -> Callable[[int, int], tuple[jax.Array, jax.Array]]:
+    """beta of (chunk, head) as a column that is as wide as wanted, and as a row."""
+    size = p.tiling.chunk
+
+    @functools.cache
+    def chunk(c: int) -> tuple[jax.Array, jax.Array]:
+        flat = ref[0, 0, :, c * size : (c + 1) * size]
+        return flat, flat.T
+
+    def of(c: int, h: int) -> tuple[jax.Array, jax.Array]:
+        flat, tall = chunk(c)
+        return jnp.broadcast_to(tall[:, h : h + 1], (size, width)), flat[h : h + 1]
+
+    return of
+
+
+def _strictly_below(size: int) -> jax.Array:
+    return walk.iota((size, size), 0) > walk.iota((size, size), 1)
+
+
+def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
+    """Writes the state before every `keep` chunks, unless `keep` is 0."""
+    count = 3 if p.constant else 1
+    q_ref, k_ref, v_ref, *rest = refs
+    gate_refs, (beta_ref, s0_ref, *outs, carried) = rest[:count], rest[count:]
+    o_ref, end_ref = outs[:2]
+    step = pl.program_id(2)
+    size, t = p.tiling.chunk, p.tiling
+
+    @pl.when(step == 0)
+    def _() -> None:
+        carried[...] = s0_ref[0]
+
+    weights, betas = walk.weights(p, gate_refs), _betas(p, beta_ref, size)
+    below = _strictly_below(size)
+    state = [carried[h] for h in range(t.heads)]
+
+    def key(c: int, h: int) -> jax.Array:
+        return walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
+
+    def begin(unit: tuple[int, int]) -> Any:
+        c, h = unit
+        w, k, (column, row) = weights(c, h), key(c, h), betas(c, h)
+        queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
+        scores = dot(jnp.concatenate([k, *queries], axis=0), k, (1, 1))
+        lower = jnp.where(below, column * scores[:size] * w.pair, 0)
+        solved = (unit_lower_inverse(lower, k.dtype) * row).astype(k.dtype)
+        lhs = []
+        for r, q in enumerate(queries):
+            a = (scores[(r + 1) * size : (r + 2) * size] * w.pair).astype(q.dtype)
+            lhs.append(jnp.concatenate([a, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1))
+        return solved, lhs, (k * w.read[:, : p.width]).astype(k.dtype), w.write[:, : p.value_width], w.total
+
+    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
+    for (c, h), (solved, lhs, read, write, total) in walk.interleaved(units, t.lag, begin):
+        if keep and c % keep == 0:
+            outs[2][0, c // keep, h] = state[h]
+        k, v = key(c, h), walk.part(p, v_ref, c, h, p.value_width, step=step)
+        entered = state[h].astype(k.dtype)
+        u = dot(solved, (v - dot(read, entered)).astype(k.dtype))
+        rhs = jnp.concatenate([u.astype(k.dtype), entered], axis=0)
+        for r, n in enumerate(p.outputs(h)):
+            out = dot(lhs[r], rhs)
+            if p.scale != 1:
+                out *= p.scale
+            o_ref[0, c * size : (c + 1) * size, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
+        state[h] = total * state[h] + dot(k, (u * write).astype(k.dtype), (0, 0))
+    for h in range(t.heads):
+        carried[h] = state[h]
+
+    @pl.when(step == p.steps - 1)
+    def _() -> None:
+        end_ref[0] = carried[...]
+
+
+def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
+    count = 3 if p.constant else 1
+    q_ref, k_ref, v_ref, do_ref, *rest = refs
+    gate_refs, (beta_ref, start_ref, dend_ref, *outs) = rest[:count], rest[count:]
+    dq_ref, dk_ref, dv_ref, d0_ref, rows_ref, states, solutions, remainders, written, carried = outs
+    step = p.steps - 1 - pl.program_id(2)
+    size, t = p.tiling.chunk, p.tiling
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        carried[...] = dend_ref[0]
+
+    wide = max(size, p.value_width)
+    weights, betas = walk.weights(p, gate_refs), _betas(p, beta_ref, wide)
+    below = _strictly_below(size)
+    part = functools.partial(walk.part, p, step=step)
+
+    def key(c: int, h: int) -> jax.Array:
+        return part(k_ref, c, h // p.shared, p.width)
+
+    def solve(unit: tuple[int, int]) -> Any:
+        c, h = unit
+        w, k, (column, row) = weights(c, h), key(c, h), betas(c, h)
+        lower = jnp.where(below, column[:, :size] * dot(k, k, (1, 1)) * w.pair, 0)
+        solved = unit_lower_inverse(lower, k.dtype)
+        solutions[c, h] = solved.astype(k.dtype)
+        read = (k * w.read[:, : p.width]).astype(k.dtype)
+        return (solved * row).astype(k.dtype), read, w.write[:, : p.value_width], w.total
+
+    for h in range(t.heads):
+        states[0, h] = start_ref[0, 0, h]
+    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
+    for (c, h), (solved, read, write, total) in walk.interleaved(units, t.lag, solve):
+        k, v = key(c, h), part(v_ref, c, h, p.value_width)
+        r = v - dot(read, states[c, h].astype(k.dtype))
+        u = dot(solved, r.astype(k.dtype))
+        remainders[c, h] = r
+        written[c, h] = u.astype(k.dtype)
+        # The state after the last chunk is wanted only by the gradient of the gates.
+        if with_gates or c < t.chunks - 1:
+            states[c + 1, h] = total * states[c, h] + dot(k, (u * write).astype(k.dtype), (0, 0))
+
+    gradient = [carried[h] for h in range(t.heads)]
+
+    def begin(unit: tuple[int, int]) -> Any:
+        c, h = unit
+        w, k, u = weights(c, h), key(c, h), written[c, h]
+        pair = p.scale * w.pair if p.scale != 1 else w.pair
+        read = p.scale * w.read if p.scale != 1 else w.read
+        by_query, du = [], jnp.zeros((size, p.value_width), jnp.float32)
+        for n, m in zip(p.queries(h), p.outputs(h), strict=True):
+            q, do = part(q_ref, c, n, p.width), part(do_ref, c, m, p.value_width)
+            a = (dot(q, k, (1, 1)) * pair).astype(q.dtype)
+            da = (dot(do, u, (1, 1)) * pair).astype(q.dtype)
+            du += dot(a, do, (0, 0))
+            by_query.append((n, da, (do * read[:, : p.value_width]).astype(do.dtype)))
+        error = remainders[c, h] - dot((jnp.where(below, dot(k, k, (1, 1)) * w.pair, 0)).astype(k.dtype), u)
+        return w, by_query, du, error
+
+    shared: dict[str, Any] = {}
+
+    def add(name: str, ref: Any, x: jax.Array, c: int, n: int, *, last: bool) -> None:
+        """Sums what the states that share a head say of it."""
+        x = x + shared.pop(name, 0)
+        if last:
+            ref[0, c * size : (c + 1) * size, n * p.width : (n + 1) * p.width] = x.astype(ref.dtype)
+        else:
+            shared[name] = x
+
+    columns: list[tuple[jax.Array, jax.Array]] = []
+    backwards = [(c, h) for c in reversed(range(t.chunks)) for h in range(t.heads)]
+    for (c, h), (w, by_query, du, error) in walk.interleaved(backwards, t.lag, begin):
+        last = h % p.shared == p.shared - 1
+        k, u = key(c, h), written[c, h]
+        entered, left = states[c, h].astype(k.dtype), gradient[h].astype(k.dtype)
+        write = w.write[:, : p.value_width]
+        du += write * dot(k, left)
+        dy = dot(solutions[c, h], du.astype(k.dtype), (0, 0))
+        dr = betas(c, h)[0][:, : p.value_width] * dy
+        dv_ref[0, c * size : (c + 1) * size, h * p.value_width : (h + 1) * p.value_width] = dr.astype(dv_ref.dtype)
+        erased = (dr * w.read[:, : p.value_width]).astype(k.dtype)
+        dg = jnp.where(below, -dot(dr.astype(k.dtype), u, (1, 1)) * w.pair, 0).astype(k.dtype)
+        dk_row = dot(dg, k) - dot(erased, entered, (1, 1))
+        dk_column = dot(dg, k, (0, 0)) + dot((u * write).astype(k.dtype), left, (1, 1))
+        before = w.total * gradient[h] - dot(k, erased, (0, 0))
+        by_row = k * dk_row
+        for n, da, read in by_query:
+            q = part(q_ref, c, n, p.width)
+            dq = dot(da, k) + dot(read, entered, (1, 1))
+            dk_column += dot(da, q, (0, 0))
+            before += dot(q, read, (0, 0))
+            by_row += q * dq
+            add(f"dq{n}", dq_ref, dq, c, n, last=last)
+        add("dk", dk_ref, dk_row + dk_column, c, h // p.shared, last=last)
+        db = jnp.zeros((size, 1), jnp.float32)
+        if with_gates:
+            ends = walk.iota((size, 1), 0) == size - 1
+            at_end = jnp.sum(states[c + 1, h] * gradient[h], keepdims=True)
+            db = jnp.sum(by_row - k * dk_column, axis=1, keepdims=True) + jnp.where(ends, at_end, 0)
+        columns.append((db, jnp.sum(dy * error, axis=1, keepdims=True)))
+        if len(columns) == t.heads:
+            ordered = [x for kind in zip(*columns, strict=True) for x in kind]
+            rows_ref[0, 0, :, c * size : (c + 1) * size] = jnp.concatenate(ordered, axis=1).T
+            columns.clear()
+        gradient[h] = before
+    for h in range(t.heads):
+        carried[h] = gradient[h]
+
+    @pl.when(pl.program_id(2) == p.steps - 1)
+    def _() -> None:
+        d0_ref[0] = carried[...]
+
+
+def forward(
+    p: Problem,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gate: Sequence[jax.Array],
+    beta: jax.Array,
+    state: jax.Array,
+    *,
+    keep: bool,
+    out_dtype: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Outputs `[B, T, O * V]`, the state after the last token and, to `keep`, the state before every step backward."""
+    every, times = p.tiling.chunks, p.tiling.times
+    p = dataclasses.replace(p, tiling=p.tiling.forward)
+    specs = walk.specs(p, starts=times)
+    shape = (p.batch, p.heads, p.width, p.value_width)
+    out_shape = [
+        walk.shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query),
+        walk.shape(shape, jnp.float32, query),
+    ]
+    if keep:
+        out_shape.append(walk.shape((p.batch, p.steps * times, *shape[1:]), jnp.float32, query))
+    c = p.tiling.chunk
+    per_token = (1 + p.group) * c * p.width + (p.group + 1) * c * p.value_width + c * c
+    per_token += (p.group + 2) * p.width * p.value_width
+    out, end, *starts = walk.call(
+        p,
+        functools.partial(_forward_kernel, p, every if keep else 0),
+        "delta_rule_forward",
+        2 * p.batch * p.padded * p.heads * per_token,
+        (query, key, value, *gate, beta, state),
+        in_specs=[
+            *(specs[name] for name in ("query", "key", "value")),
+            *walk.gate_specs(p, specs),
+            specs["sums"],
+            specs["state"],
+        ],
+        out_specs=[specs["out"], specs["state"], *[specs["starts"]] * keep],
+        out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM((p.tiling.heads, p.width, p.value_width), jnp.float32)],
+    )
+    return out, end, starts[0] if keep else None
+
+
+def backward(
+    p: Problem,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gate: Sequence[jax.Array],
+    beta: jax.Array,
+    starts: jax.Array,
+    out_gradient: jax.Array,
+    end_gradient: jax.Array,
+    *,
+    with_gates: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key, value, the initial state, the sums b and beta, the last two `[B, heads, padded]`.
+
+    Those of the sums are 0 unless `with_gates`.
+    """
+    specs = walk.specs(p, starts=1, backward=True)
+    t = p.tiling
+    groups, state = p.heads // t.heads, (t.heads, p.width, p.value_width)
+    units = (t.chunks, t.heads)
+    out_shape = [
+        *(walk.shape(x.shape, x.dtype, query) for x in (query, key, value)),
+        walk.shape((p.batch, p.heads, p.width, p.value_width), jnp.float32, query),
+        walk.shape((p.batch, groups, 2 * t.heads, p.padded), jnp.float32, query),
+    ]
+    per_token = (3 + 3 * p.group) * t.chunk * p.width + (4 + 2 * p.group) * t.chunk * p.value_width + t.chunk**2
+    per_token += (6 + 2 * p.group) * p.width * p.value_width
+    *gradients, rows = walk.call(
+        p,
+        functools.partial(_backward_kernel, p, with_gates),
+        "delta_rule_backward",
+        2 * p.batch * p.padded * p.heads * per_token,
+        (query, key, value, out_gradient, *gate, beta, starts, end_gradient),
+        in_specs=[
+            *(specs[name] for name in ("query", "key", "value", "out")),
+            *walk.gate_specs(p, specs),
+            specs["sums"],
+            specs["starts"],
+            specs["state"],
+        ],
+        out_specs=[*(specs[name] for name in ("query", "key", "value", "state", "two sums"))],
+        out_shape=out_shape,
+        scratch_shapes=[
+            pltpu.VMEM((t.chunks + 1, *state), jnp.float32),
+            pltpu.VMEM((*units, t.chunk, t.chunk), p.dtype),
+            pltpu.VMEM((*units, t.chunk, p.value_width), jnp.float32),
+            pltpu.VMEM((*units, t.chunk, p.value_width), p.dtype),
+            pltpu.VMEM(state, jnp.float32),
+        ],
+    )
+    dq, dk, dv, d0 = gradients
+    rows = rows.reshape(p.batch, groups, 2, t.heads, p.padded)
+    sums, dbeta = (rows[:, :, i].reshape(p.batch, p.heads, p.padded) for i in range(2))
+    return dq, dk, dv, d0, sums, dbeta

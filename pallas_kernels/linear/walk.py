@@ -1,0 +1,200 @@
+"""What the walks over the chunks of a sequence share on TPU: sizes, weights of gates, order of work, blocks.
+
+A grid step holds `chunks` chunks of `heads` heads. Within one head every product waits for the one before it, so the
+units (chunk, head) are written interleaved: what does not wait for the state is begun `lag` units ahead. Arrays are
+read as [B, T, heads * width]: a head is a range of lanes, and nothing is transposed in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.linear import gates
+from pallas_kernels.linear.tiling import Tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Sizes of a call.
+
+    There is a state for each of `heads` value heads. `group` query heads read one state, or `shared` states have one
+    query and one key head; `constant` gates are tables.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    group: int
+    width: int
+    value_width: int
+    constant: bool
+    scale: float
+    dtype: Any
+    tiling: Tiling
+    interpret: bool
+    shared: int = 1
+
+    @property
+    def steps(self) -> int:
+        return -(-self.length // self.tiling.tokens)
+
+    @property
+    def padded(self) -> int:
+        """The length in whole steps of the forward walk: that of the arrays that are made for the kernels."""
+        longest = self.tiling.forward.tokens
+        return -(-self.length // longest) * longest
+
+    @property
+    def key_heads(self) -> int:
+        """In a grid step."""
+        return self.tiling.heads // self.shared
+
+    def queries(self, head: int) -> range:
+        """The query heads of state `head`, in a grid step."""
+        if self.shared > 1:
+            return range(head // self.shared, head // self.shared + 1)
+        return range(head * self.group, (head + 1) * self.group)
+
+    def outputs(self, head: int) -> range:
+        """The heads of the output that are read from state `head`, in a grid step."""
+        return range(head * self.group, (head + 1) * self.group)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, self.heads // self.tiling.heads, self.steps
+
+
+class Weights(NamedTuple):
+    """What the gates of one chunk do for one head; `total` is a row of the state."""
+
+    pair: jax.Array
+    read: jax.Array
+    write: jax.Array
+    total: jax.Array
+
+
+def dot(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
+    """a b, contracting dimension `over[0]` of a with `over[1]` of b, added up in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], Weights]:
+    """The weights of (chunk, head) of this grid step; what the heads of a chunk share is computed once."""
+    size = p.tiling.chunk
+    if p.constant:
+        pair, read, write = refs
+        # Tables are as wide as the wider of q and v.
+        return lambda _, h: Weights(pair[h], read[h], write[h], read[h, size - 1 : size, : p.value_width])
+    (sums,) = refs
+    exp, add = gates.exponential(p.dtype), functools.partial(functools.reduce, jnp.add)
+    count, width = gates.parts(p.dtype), max(size, p.width, p.value_width)
+    below = iota((size, size), 0) >= iota((size, size), 1)
+
+    @functools.cache
+    def chunk(c: int) -> tuple[jax.Array, jax.Array]:
+        flat = sums[0, 0, :, c * size : (c + 1) * size]
+        return flat, flat.T
+
+    def of(c: int, h: int) -> Weights:
+        flat, tall = chunk(c)
+        # A column costs a broadcast along the lanes; exponentials of it are cheaper than more columns.
+        columns = [jnp.broadcast_to(tall[:, i : i + 1], (size, width)) for i in range(count * h, count * (h + 1))]
+        rows = [flat[i : i + 1] for i in range(count * h, count * (h + 1))]
+        exponent = add(column[:, :size] - row for column, row in zip(columns, rows, strict=True))
+        return Weights(
+            jnp.where(below, exp(exponent), 0),
+            exp(add(columns)),
+            exp(add(column[size - 1 :] - column for column in columns)),
+            exp(add(column[size - 1 :, : p.value_width] for column in columns)),
+        )
+
+    return of
+
+
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def part(p: Problem, ref: Any, c: int, h: int, width: int, *, step: Any = None) -> jax.Array:
+    """Chunk `c` of head `h`; rows after the last token are 0 where `step` says which grid step this is."""
+    size = p.tiling.chunk
+    x = ref[0, c * size : (c + 1) * size, h * width : (h + 1) * width]
+    if step is None or p.length % p.tiling.tokens == 0:
+        return x
+    row = step * p.tiling.tokens + c * size + iota(x.shape, 0)
+    return jnp.where(row < p.length, x, 0)
+
+
+def interleaved(units: Sequence[Any], lag: int, begin: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    """Every unit and what `begin` makes of it, begun `lag` units ahead of its turn."""
+    begun: dict[Any, Any] = {}
+    for i, unit in enumerate(units):
+        for ahead in units[i : i + lag + 1]:
+            if ahead not in begun:
+                begun[ahead] = begin(ahead)
+        yield unit, begun.pop(unit)
+
+
+def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.BlockSpec]:
+    """Blocks of every kind of array, at the grid step's place in time; `starts` states are kept in a step."""
+    t = p.tiling
+    when = (lambda i: p.steps - 1 - i) if backward else (lambda i: i)
+
+    def tokens(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, t.tokens, width), lambda b, h, i: (b, when(i), h))
+
+    def table(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((t.heads, t.chunk, width), lambda b, h, i: (h, 0, 0))
+
+    def per_head(count: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, count * t.heads, t.tokens), lambda b, h, i: (b, h, 0, when(i)))
+
+    state = (t.heads, p.width, p.value_width)
+    return {
+        "query": tokens(p.key_heads * p.group * p.width),
+        "key": tokens(p.key_heads * p.width),
+        "value": tokens(t.heads * p.value_width),
+        "out": tokens(t.heads * p.group * p.value_width),
+        "pair": table(t.chunk),
+        "wide": table(max(p.width, p.value_width)),
+        "gates": per_head(gates.parts(p.dtype)),
+        "sums": per_head(1),
+        "two sums": per_head(2),
+        "state": pl.BlockSpec((1, *state), lambda b, h, i: (b, h, 0, 0)),
+        "starts": pl.BlockSpec((1, starts, *state), lambda b, h, i: (b, when(i), h, 0, 0)),
+    }
+
+
+def gate_specs(p: Problem, specs: dict[str, pl.BlockSpec]) -> list[pl.BlockSpec]:
+    return [specs["pair"], specs["wide"], specs["wide"]] if p.constant else [specs["gates"]]
+
+
+def call(p: Problem, kernel: Any, name: str, flops: int, operands: Sequence[jax.Array], **options: Any) -> Any:
+    outs = jax.tree.leaves(options["out_shape"])
+    moved = sum(x.size * x.dtype.itemsize for x in (*operands, *outs))
+    return pl.pallas_call(
+        kernel,
+        grid=p.grid,
+        name=name,
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=p.tiling.vmem
+        ),
+        interpret=p.interpret,
+        **options,
+    )(*operands)
+
+
+def shape(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
