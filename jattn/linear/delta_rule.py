@@ -23,6 +23,7 @@ from jattn import checks
 from jattn.dispatch import Choice, Implementation, dispatch
 from jattn.linear import arguments, wy
 from jattn.linear.arguments import LinearState
+from pallas_kernels import linear as kernel
 
 
 def delta_rule(
@@ -59,7 +60,8 @@ def delta_rule(
       initial_state: `S [B, Kv, H, V]` before the first token, of the accumulator dtype; `z` is `None`.
       return_state: also return the state after the last token.
       chunk_size: tokens per chunk, a power of two; `None` chooses.
-      implementation: "xla" works in chunks, "reference" token by token; see `jattn.explain`.
+      implementation: "pallas_tpu" and "xla" work in chunks, "reference" token by token; see `jattn.explain`. The kernel
+        has first derivatives, backward; the others have all.
 
     Returns:
       `[B, T, max(N, Kv), V]` in the query's dtype, or `(that, LinearState)`.
@@ -222,7 +224,33 @@ def _check_operands(query: Any, key: Any, value: Any, beta: Any, sizes: dict[str
     checks.check_values("beta", beta, lambda x: (x < 0) | (x > 2), message)
 
 
+def _check_fused(
+    query: Array,
+    key: Array,
+    value: Array,
+    beta: Array | None,
+    log_decay: Array | None,
+    *arrays: Any,
+    chunk_size: int | None,
+    **options: Any,
+) -> None:
+    if chunk_size is not None:
+        raise NotImplementedError("the kernel has chunks of its own; leave chunk_size out")
+    gates = jax.ShapeDtypeStruct(value.shape[2:3], "float32") if log_decay is None else log_decay
+    kernel.delta.check(query, key, value, gates)
+
+
+def _fused(platform: kernel.Platform) -> Callable[..., tuple[Array, LinearState]]:
+    def causal(*operands: Any, scale: float, chunk_size: int | None, out_dtype: Any) -> tuple[Array, Array]:
+        del chunk_size
+        return kernel.delta_rule(*operands, scale=scale, platform=platform, out_dtype=out_dtype)
+
+    return functools.partial(_attend, causal)
+
+
 _IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", _fused("tpu"), _check_fused),
     Implementation("xla", functools.partial(_attend, wy.causal)),
     Implementation("reference", functools.partial(_attend, token_scan)),
+    Implementation("interpret", _fused("interpret"), _check_fused),
 )

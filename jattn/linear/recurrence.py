@@ -70,7 +70,8 @@ def linear_attention(
       initial_state: state before the first token, of the accumulator dtype (float32, float64 for float64 operands).
       return_state: also return the state after the last token. Without causal order, decay and segments have no state.
       chunk_size: tokens per chunk, a power of two; `None` chooses.
-      implementation: "xla" works in chunks, "reference" token by token; see `jattn.explain`.
+      implementation: "pallas_tpu" and "xla" work in chunks, "reference" token by token; see `jattn.explain`. The kernel
+        has first derivatives, backward; the others have all.
 
     Returns:
       `[B, T, N, V]` in the query's dtype, or `(that, LinearState)`.

@@ -141,7 +141,8 @@ def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
         dv_ref[0, rows, h * p.value_width : (h + 1) * p.value_width] = dv.astype(dv_ref.dtype)
         if with_gates:
             last = walk.iota((size, 1), 0) == size - 1
-            at_end = jnp.sum(states[c + 1, h] * gradient[h], keepdims=True)
+            # The rounded gradient, for that is what dk holds, and most of them cancels.
+            at_end = jnp.sum(states[c + 1, h] * left, keepdims=True)
             sums.append(jnp.sum(by_row - k * dk, axis=1, keepdims=True) + jnp.where(last, at_end, 0))
             if len(sums) == t.heads:
                 more[0][0, 0, :, rows] = jnp.concatenate(sums, axis=1).T

@@ -68,6 +68,8 @@ def check(query: Any, key: Any, value: Any, log_decay: Any, *, blocks: Tiling | 
         raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
     if log_decay.ndim == 4:
         raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
+    if query.shape[2] != key.shape[2] != value.shape[2]:
+        raise NotImplementedError("the kernel shares a state among queries or a key among states, not both")
     tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import walk
-from pallas_kernels.linear.solve import unit_lower_inverse
+from pallas_kernels.linear.solve import unit_lower_inverses
 from pallas_kernels.linear.walk import Problem, dot
 
 
@@ -72,33 +72,39 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     def key(c: int, h: int) -> jax.Array:
         return walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
 
-    def begin(unit: tuple[int, int]) -> Any:
-        c, h = unit
-        w, k, (column, row) = weights(c, h), key(c, h), betas(c, h)
+    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
+    lowers, lhs = [], {}
+    for c, h in units:
+        w, k = weights(c, h), key(c, h)
         queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
         scores = dot(jnp.concatenate([k, *queries], axis=0), k, (1, 1))
-        lower = jnp.where(below, column * scores[:size] * w.pair, 0)
-        solved = (unit_lower_inverse(lower, k.dtype) * row).astype(k.dtype)
-        lhs = []
-        for r, q in enumerate(queries):
-            a = (scores[(r + 1) * size : (r + 2) * size] * w.pair).astype(q.dtype)
-            lhs.append(jnp.concatenate([a, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1))
-        return solved, lhs, (k * w.read[:, : p.width]).astype(k.dtype), w.write[:, : p.value_width], w.total
+        lowers.append(jnp.where(below, betas(c, h)[0] * scores[:size] * w.pair, 0))
+        for r, (q, n) in enumerate(zip(queries, p.outputs(h), strict=True), 1):
+            a = (scores[r * size : (r + 1) * size] * w.pair).astype(q.dtype)
+            lhs[c, n] = jnp.concatenate([a, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1)
+    inverses = dict(zip(units, unit_lower_inverses(lowers, p.dtype), strict=True))
+    solutions = {(c, h): (x * betas(c, h)[1]).astype(p.dtype) for (c, h), x in inverses.items()}
 
-    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
-    for (c, h), (solved, lhs, read, write, total) in walk.interleaved(units, t.lag, begin):
+    def turn(c: int, h: int) -> Iterator[None]:
         if keep and c % keep == 0:
             outs[2][0, c // keep, h] = state[h]
-        k, v = key(c, h), walk.part(p, v_ref, c, h, p.value_width, step=step)
-        entered = state[h].astype(k.dtype)
-        u = dot(solved, (v - dot(read, entered)).astype(k.dtype))
-        rhs = jnp.concatenate([u.astype(k.dtype), entered], axis=0)
-        for r, n in enumerate(p.outputs(h)):
-            out = dot(lhs[r], rhs)
+        w, k, v = weights(c, h), key(c, h), walk.part(p, v_ref, c, h, p.value_width, step=step)
+        entered = state[h].astype(p.dtype)
+        rest = (v - dot((k * w.read[:, : p.width]).astype(p.dtype), entered)).astype(p.dtype)
+        yield
+        u = dot(solutions[c, h], rest)
+        yield
+        state[h] = w.total * state[h] + dot(k, (u * w.write[:, : p.value_width]).astype(p.dtype), (0, 0))
+        yield
+        rhs = jnp.concatenate([u.astype(p.dtype), entered], axis=0)
+        for n in p.outputs(h):
+            out = dot(lhs[c, n], rhs)
             if p.scale != 1:
                 out *= p.scale
             o_ref[0, c * size : (c + 1) * size, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
-        state[h] = total * state[h] + dot(k, (u * write).astype(k.dtype), (0, 0))
+
+    for c in range(t.chunks):
+        walk.lockstep(turn(c, h) for h in range(t.heads))
     for h in range(t.heads):
         carried[h] = state[h]
 
@@ -111,7 +117,7 @@ def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
     count = 3 if p.constant else 1
     q_ref, k_ref, v_ref, do_ref, *rest = refs
     gate_refs, (beta_ref, start_ref, dend_ref, *outs) = rest[:count], rest[count:]
-    dq_ref, dk_ref, dv_ref, d0_ref, rows_ref, states, solutions, remainders, written, carried = outs
+    dq_ref, dk_ref, dv_ref, d0_ref, rows_ref, states, pairs, solutions, rests, written, carried = outs
     step = p.steps - 1 - pl.program_id(2)
     size, t = p.tiling.chunk, p.tiling
 
@@ -127,46 +133,36 @@ def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
     def key(c: int, h: int) -> jax.Array:
         return part(k_ref, c, h // p.shared, p.width)
 
-    def solve(unit: tuple[int, int]) -> Any:
-        c, h = unit
-        w, k, (column, row) = weights(c, h), key(c, h), betas(c, h)
-        lower = jnp.where(below, column[:, :size] * dot(k, k, (1, 1)) * w.pair, 0)
-        solved = unit_lower_inverse(lower, k.dtype)
-        solutions[c, h] = solved.astype(k.dtype)
-        read = (k * w.read[:, : p.width]).astype(k.dtype)
-        return (solved * row).astype(k.dtype), read, w.write[:, : p.value_width], w.total
+    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
+    alike = {(c, h): dot(key(c, h), key(c, h), (1, 1)) * weights(c, h).pair for c, h in units}
+    alike = {unit: jnp.where(below, x, 0) for unit, x in alike.items()}
+    inverses = unit_lower_inverses([betas(*unit)[0][:, :size] * x for unit, x in alike.items()], p.dtype)
+    for (c, h), inverse in zip(units, inverses, strict=True):
+        pairs[c, h] = alike[c, h].astype(p.dtype)
+        solutions[c, h] = inverse.astype(p.dtype)
+
+    def again(c: int, h: int) -> Iterator[None]:
+        w, k = weights(c, h), key(c, h)
+        read = (k * w.read[:, : p.width]).astype(p.dtype)
+        rest = part(v_ref, c, h, p.value_width) - dot(read, states[c, h].astype(p.dtype))
+        yield
+        u = dot(solutions[c, h], (betas(c, h)[0][:, : p.value_width] * rest).astype(p.dtype))
+        rests[c, h] = rest
+        written[c, h] = u.astype(p.dtype)
+        yield
+        # The state after the last chunk is wanted only by the gradient of the gates.
+        if with_gates or c < t.chunks - 1:
+            added = dot(k, (u * w.write[:, : p.value_width]).astype(p.dtype), (0, 0))
+            states[c + 1, h] = w.total * states[c, h] + added
 
     for h in range(t.heads):
         states[0, h] = start_ref[0, 0, h]
-    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
-    for (c, h), (solved, read, write, total) in walk.interleaved(units, t.lag, solve):
-        k, v = key(c, h), part(v_ref, c, h, p.value_width)
-        r = v - dot(read, states[c, h].astype(k.dtype))
-        u = dot(solved, r.astype(k.dtype))
-        remainders[c, h] = r
-        written[c, h] = u.astype(k.dtype)
-        # The state after the last chunk is wanted only by the gradient of the gates.
-        if with_gates or c < t.chunks - 1:
-            states[c + 1, h] = total * states[c, h] + dot(k, (u * write).astype(k.dtype), (0, 0))
+    for c in range(t.chunks):
+        walk.lockstep(again(c, h) for h in range(t.heads))
 
     gradient = [carried[h] for h in range(t.heads)]
-
-    def begin(unit: tuple[int, int]) -> Any:
-        c, h = unit
-        w, k, u = weights(c, h), key(c, h), written[c, h]
-        pair = p.scale * w.pair if p.scale != 1 else w.pair
-        read = p.scale * w.read if p.scale != 1 else w.read
-        by_query, du = [], jnp.zeros((size, p.value_width), jnp.float32)
-        for n, m in zip(p.queries(h), p.outputs(h), strict=True):
-            q, do = part(q_ref, c, n, p.width), part(do_ref, c, m, p.value_width)
-            a = (dot(q, k, (1, 1)) * pair).astype(q.dtype)
-            da = (dot(do, u, (1, 1)) * pair).astype(q.dtype)
-            du += dot(a, do, (0, 0))
-            by_query.append((n, da, (do * read[:, : p.value_width]).astype(do.dtype)))
-        error = remainders[c, h] - dot((jnp.where(below, dot(k, k, (1, 1)) * w.pair, 0)).astype(k.dtype), u)
-        return w, by_query, du, error
-
     shared: dict[str, Any] = {}
+    columns: dict[tuple[str, int], jax.Array] = {}
 
     def add(name: str, ref: Any, x: jax.Array, c: int, n: int, *, last: bool) -> None:
         """Sums what the states that share a head say of it."""
@@ -176,42 +172,56 @@ def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
         else:
             shared[name] = x
 
-    columns: list[tuple[jax.Array, jax.Array]] = []
-    backwards = [(c, h) for c in reversed(range(t.chunks)) for h in range(t.heads)]
-    for (c, h), (w, by_query, du, error) in walk.interleaved(backwards, t.lag, begin):
-        last = h % p.shared == p.shared - 1
-        k, u = key(c, h), written[c, h]
-        entered, left = states[c, h].astype(k.dtype), gradient[h].astype(k.dtype)
+    def turn(c: int, h: int) -> Iterator[None]:
+        w, k, u = weights(c, h), key(c, h), written[c, h]
         write = w.write[:, : p.value_width]
-        du += write * dot(k, left)
-        dy = dot(solutions[c, h], du.astype(k.dtype), (0, 0))
+        pair = p.scale * w.pair if p.scale != 1 else w.pair
+        read = p.scale * w.read if p.scale != 1 else w.read
+        entered, left = states[c, h].astype(p.dtype), gradient[h].astype(p.dtype)
+        du = write * dot(k, left)
+        queries = {n: part(q_ref, c, n, p.width) for n in p.queries(h)}
+        by_query = []
+        for (n, q), m in zip(queries.items(), p.outputs(h), strict=True):
+            do = part(do_ref, c, m, p.value_width)
+            du += dot((dot(q, k, (1, 1)) * pair).astype(p.dtype), do, (0, 0))
+            da = (dot(do, u, (1, 1)) * pair).astype(p.dtype)
+            by_query.append((n, q, da, (do * read[:, : p.value_width]).astype(p.dtype)))
+        yield
+        dy = dot(solutions[c, h], du.astype(p.dtype), (0, 0))
+        error = rests[c, h] - dot(pairs[c, h], u)
+        yield
         dr = betas(c, h)[0][:, : p.value_width] * dy
         dv_ref[0, c * size : (c + 1) * size, h * p.value_width : (h + 1) * p.value_width] = dr.astype(dv_ref.dtype)
-        erased = (dr * w.read[:, : p.value_width]).astype(k.dtype)
-        dg = jnp.where(below, -dot(dr.astype(k.dtype), u, (1, 1)) * w.pair, 0).astype(k.dtype)
-        dk_row = dot(dg, k) - dot(erased, entered, (1, 1))
-        dk_column = dot(dg, k, (0, 0)) + dot((u * write).astype(k.dtype), left, (1, 1))
+        columns["beta", h] = jnp.sum(dy * error, axis=1, keepdims=True)
+        erased = (dr * w.read[:, : p.value_width]).astype(p.dtype)
+        dg = jnp.where(below, -dot(dr.astype(p.dtype), u, (1, 1)) * w.pair, 0).astype(p.dtype)
         before = w.total * gradient[h] - dot(k, erased, (0, 0))
+        yield
+        dk_row = dot(dg, k) - dot(erased, entered, (1, 1))
+        dk_column = dot(dg, k, (0, 0)) + dot((u * write).astype(p.dtype), left, (1, 1))
         by_row = k * dk_row
-        for n, da, read in by_query:
-            q = part(q_ref, c, n, p.width)
-            dq = dot(da, k) + dot(read, entered, (1, 1))
+        yield
+        last = h % p.shared == p.shared - 1
+        for n, q, da, read_by in by_query:
+            dq = dot(da, k) + dot(read_by, entered, (1, 1))
             dk_column += dot(da, q, (0, 0))
-            before += dot(q, read, (0, 0))
+            before += dot(q, read_by, (0, 0))
             by_row += q * dq
             add(f"dq{n}", dq_ref, dq, c, n, last=last)
-        add("dk", dk_ref, dk_row + dk_column, c, h // p.shared, last=last)
-        db = jnp.zeros((size, 1), jnp.float32)
+        add(f"dk{h // p.shared}", dk_ref, dk_row + dk_column, c, h // p.shared, last=last)
+        columns["sum", h] = jnp.zeros((size, 1), jnp.float32)
         if with_gates:
             ends = walk.iota((size, 1), 0) == size - 1
-            at_end = jnp.sum(states[c + 1, h] * gradient[h], keepdims=True)
-            db = jnp.sum(by_row - k * dk_column, axis=1, keepdims=True) + jnp.where(ends, at_end, 0)
-        columns.append((db, jnp.sum(dy * error, axis=1, keepdims=True)))
-        if len(columns) == t.heads:
-            ordered = [x for kind in zip(*columns, strict=True) for x in kind]
-            rows_ref[0, 0, :, c * size : (c + 1) * size] = jnp.concatenate(ordered, axis=1).T
-            columns.clear()
+            # The rounded gradient, for that is what the keys' gradients hold, and most of them cancels.
+            at_end = jnp.sum(states[c + 1, h] * left, keepdims=True)
+            summed = jnp.sum(by_row - k * dk_column, axis=1, keepdims=True)
+            columns["sum", h] = summed + jnp.where(ends, at_end, 0)
         gradient[h] = before
+
+    for c in reversed(range(t.chunks)):
+        walk.lockstep(turn(c, h) for h in range(t.heads))
+        ordered = [columns[kind, h] for kind in ("sum", "beta") for h in range(t.heads)]
+        rows_ref[0, 0, :, c * size : (c + 1) * size] = jnp.concatenate(ordered, axis=1).T
     for h in range(t.heads):
         carried[h] = gradient[h]
 
@@ -310,7 +320,7 @@ def backward(
         out_shape=out_shape,
         scratch_shapes=[
             pltpu.VMEM((t.chunks + 1, *state), jnp.float32),
-            pltpu.VMEM((*units, t.chunk, t.chunk), p.dtype),
+            *[pltpu.VMEM((*units, t.chunk, t.chunk), p.dtype)] * 2,
             pltpu.VMEM((*units, t.chunk, p.value_width), jnp.float32),
             pltpu.VMEM((*units, t.chunk, p.value_width), p.dtype),
             pltpu.VMEM(state, jnp.float32),

@@ -9,6 +9,7 @@ and then joined pair by pair, ((A, 0), (C, B))^-1 = ((A^-1, 0), (-B^-1 C A^-1, B
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,40 +17,64 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear.walk import dot, iota
 
-ELIMINATED = 32
+ELIMINATED = 16
 SUBLANES = 8
 
 
-def unit_lower_inverse(lower: jax.Array, dtype: Any) -> jax.Array:
-    """(I + lower)^-1 in float32; products of blocks take operands in `dtype`."""
-    size = min(ELIMINATED, lower.shape[0])
-    inverse = _solved_blocks(lower, size)
-    row, column = iota(lower.shape, 0), iota(lower.shape, 1)
-    while size < lower.shape[0]:
-        joins = (row // (2 * size) == column // (2 * size)) & (row // size != column // size)
-        known = inverse.astype(dtype)
-        between = dot(jnp.where(joins, lower, 0).astype(dtype), known)
-        inverse -= dot(known, between.astype(dtype))
+def unit_lower_inverses(lowers: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
+    """(I + lower)^-1 of each, in float32; products of blocks take operands in `dtype`.
+
+    All go on together: one alone would wait for itself most of the time.
+    """
+    chunk = lowers[0].shape[0]
+    size = min(ELIMINATED, chunk)
+    inverses = _solved_blocks(lowers, size)
+    while size < chunk:
+        # Only rows of B change: every other strip of `size` rows.
+        row, column = (_every_second(iota((chunk, chunk), axis), size) // size for axis in (0, 1))
+        joins = row == column + 1
+        known = [inverse.astype(dtype) for inverse in inverses]
+        links = [jnp.where(joins, _every_second(lower, size), 0).astype(dtype) for lower in lowers]
+        between = [dot(link, inverse).astype(dtype) for link, inverse in zip(links, known, strict=True)]
+        changes = [dot(_every_second(k, size), _with_gaps(b, size)) for k, b in zip(known, between, strict=True)]
+        inverses = [x - _with_gaps(change, size) for x, change in zip(inverses, changes, strict=True)]
         size *= 2
-    return inverse
+    return inverses
 
 
-def _solved_blocks(lower: jax.Array, size: int) -> jax.Array:
-    """The inverse of the blocks of `size` rows on the diagonal, zeros beside them."""
-    chunk = lower.shape[0]
+def _every_second(x: jax.Array, size: int) -> jax.Array:
+    """The second of every two strips of `size` rows."""
+    return jnp.concatenate([x[i : i + size] for i in range(size, x.shape[0], 2 * size)], axis=0)
+
+
+def _with_gaps(x: jax.Array, size: int) -> jax.Array:
+    """Strips of `size` rows with as many zeros before each."""
+    gap = jnp.zeros((size, x.shape[1]), x.dtype)
+    return jnp.concatenate([y for i in range(0, x.shape[0], size) for y in (gap, x[i : i + size])], axis=0)
+
+
+def _solved_blocks(lowers: Sequence[jax.Array], size: int) -> list[jax.Array]:
+    """The inverses of the blocks of `size` rows on the diagonals, zeros beside them."""
+    chunk = lowers[0].shape[0]
     block, place = iota((size, chunk), 1) // size, iota((size, chunk), 1) % size
-    packed = lower[:size]
-    for i in range(1, chunk // size):
-        packed = jnp.where(block == i, lower[i * size : (i + 1) * size], packed)
     identity = jnp.where(iota((size, chunk), 0) == place, 1.0, 0.0)
     starts = range(0, size, SUBLANES)
-    solved = [identity[start : start + SUBLANES] for start in starts]
+    packed, solved = [], []
+    for lower in lowers:
+        strip = lower[:size]
+        for i in range(1, chunk // size):
+            strip = jnp.where(block == i, lower[i * size : (i + 1) * size], strip)
+        packed.append(strip)
+        solved.append([identity[start : start + SUBLANES] for start in starts])
     lanes = block * size
     for j in range(size - 1):
-        known = solved[j // SUBLANES][j % SUBLANES : j % SUBLANES + 1]
-        for i in range((j + 1) // SUBLANES, len(solved)):
-            rows = slice(i * SUBLANES, (i + 1) * SUBLANES)
-            weight = jnp.take_along_axis(packed[rows], (lanes + j)[rows], axis=1, mode="promise_in_bounds")
-            solved[i] -= weight * known
-    strip = jnp.concatenate(solved, axis=0)
-    return jnp.concatenate([jnp.where(block == i, strip, 0) for i in range(chunk // size)], axis=0)
+        for strip, tiles in zip(packed, solved, strict=True):
+            known = tiles[j // SUBLANES][j % SUBLANES : j % SUBLANES + 1]
+            for i in range((j + 1) // SUBLANES, len(tiles)):
+                rows = slice(i * SUBLANES, (i + 1) * SUBLANES)
+                weight = jnp.take_along_axis(strip[rows], (lanes + j)[rows], axis=1, mode="promise_in_bounds")
+                tiles[i] -= weight * known
+    strips = [jnp.concatenate(tiles, axis=0) for tiles in solved]
+    return [
+        jnp.concatenate([jnp.where(block == i, strip, 0) for i in range(chunk // size)], axis=0) for strip in strips
+    ]

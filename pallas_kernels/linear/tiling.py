@@ -69,14 +69,14 @@ def choose(
     """
     chunk, size = LANES, jnp.dtype(dtype).itemsize
     cores = cores or _cores()
-    most = min(heads, 4 if solves else 8)
+    most = min(heads, 8)
     possible = [
         n for n in range(shared, most + 1, shared) if heads % n == 0 and _whole(heads, n, shared, width, value_width)
     ]
     busy = [n for n in possible if batch * (heads // n) % cores == 0]
     together = max(busy or possible or [heads])
     # A float32 product is six passes of the matrix unit, and as much code.
-    units = (UNITS if size == 2 else UNITS // 4) // (4 if solves else 1)
+    units = (UNITS if size == 2 else UNITS // 4) // (2 if solves else 1)
     chunks = max(min(units // (together * group), -(-length // chunk)), 1)
 
     def taken(chunks: int) -> int:
@@ -86,7 +86,7 @@ def choose(
 
     while chunks > 1 and taken(chunks) > VMEM // 2:
         chunks -= 1
-    return Tiling(chunk, chunks, together, LAG, 2 if chunks * chunk < length else 1)
+    return Tiling(chunk, chunks, together, LAG, 2 if chunks * chunk < length and not solves else 1)
 
 
 def _cores() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -144,6 +144,13 @@ def interleaved(units: Sequence[Any], lag: int, begin: Callable[[Any], Any]) -> 
             if ahead not in begun:
                 begun[ahead] = begin(ahead)
         yield unit, begun.pop(unit)
+
+
+def lockstep(streams: Iterable[Iterator[None]]) -> None:
+    """Runs generators side by side, each to its next `yield`: what waits in one is hidden behind the others."""
+    running = list(streams)
+    while running:
+        running = [stream for stream in running if next(stream, running) is None]
 
 
 def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.BlockSpec]:

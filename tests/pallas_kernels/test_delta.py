@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jattn.linear.arguments import LinearState
+from jattn.linear.delta_rule import delta_rule as op
 from jattn.linear.delta_rule import token_scan
-from pallas_kernels.linear import delta_rule, solve, tiling
+from pallas_kernels.linear import delta, delta_rule, solve, tiling
 from pallas_kernels.linear.tiling import Tiling
 
 SMALL = Tiling(chunk=16, chunks=2, heads=1, lag=1, times=2)
@@ -34,41 +36,126 @@ def operands(sizes, *, constant=False, dtype=jnp.float32, decay=1.0, alike=0.0):
     return (query, key, value, beta, gate, state), cotangents
 
 
-def errors(arguments, cotangents, segment_ids=None, blocks=None, precise=False):
+def gradients_of(function, arguments, cotangents):
+    out, transpose = jax.vjp(jax.jit(function), *arguments)
+    return dict(zip(NAMES, (np.asarray(x, np.float64) for x in (*out, *transpose(cotangents))), strict=True))
+
+
+def reference(arguments, cotangents, segment_ids=None):
+    def definition(query, key, value, beta, gate, state):
+        options = {"scale": 0.7, "chunk_size": None, "out_dtype": query.dtype}
+        return token_scan(query, key, value, beta, gate, segment_ids, state, **options)
+
+    return gradients_of(definition, arguments, cotangents)
+
+
+def errors(arguments, cotangents, segment_ids=None, blocks=None):
     """RMS of the difference over RMS of the definition, for outputs and gradients."""
 
     def fused(query, key, value, beta, gate, state):
         gates = (gate, segment_ids, state)
         return delta_rule(query, key, value, beta, *gates, scale=0.7, platform="interpret", blocks=blocks)
 
-    def definition(query, key, value, beta, gate, state):
-        options = {"scale": 0.7, "chunk_size": None, "out_dtype": query.dtype}
-        return token_scan(query, key, value, beta, gate, segment_ids, state, **options)
-
-    def run(function, arguments, cotangents):
-        out, transpose = jax.vjp(jax.jit(function), *arguments)
-        return [np.asarray(x, np.float64) for x in (*out, *transpose(cotangents))]
-
-    got = run(fused, arguments, cotangents)
-    want = run(definition, *jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, cotangents)))
-    return {
-        name: np.sqrt(np.mean((a - b) ** 2)) / np.sqrt(np.mean(b**2))
-        for name, a, b in zip(NAMES, got, want, strict=True)
-    }
+    got = gradients_of(fused, arguments, cotangents)
+    want = reference(*jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, cotangents)), segment_ids)
+    return {name: np.sqrt(np.mean((got[name] - want[name]) ** 2) / np.mean(want[name] ** 2)) for name in NAMES}
 
 
-if __name__ == "__main__":
-    for sizes, kw, blocks in [
-        ((2, 37, 3, 3, 3, 7, 5), {}, SMALL),
-        ((1, 70, 4, 2, 2, 16, 8), {}, None),
-        ((1, 37, 2, 2, 4, 7, 5), {}, Tiling(16, 2, 4, 1)),
-        ((1, 64, 2, 2, 2, 7, 5), {"constant": True}, SMALL),
-        ((1, 300, 2, 2, 2, 32, 16), {}, None),
-        ((1, 300, 2, 2, 2, 32, 16), {"decay": 20.0}, None),
-        ((1, 300, 2, 2, 2, 32, 16), {"alike": 0.8}, None),
-        ((1, 300, 2, 2, 2, 64, 64), {"dtype": jnp.bfloat16}, None),
-        ((1, 300, 2, 2, 2, 64, 64), {"dtype": jnp.bfloat16, "alike": 0.5, "decay": 0.1}, None),
-        ((1, 300, 2, 2, 2, 64, 64), {"dtype": jnp.bfloat16, "alike": 0.8, "decay": 0.1}, None),
-    ]:
-        e = errors(*operands(sizes, **kw), blocks=blocks)
-        print(sizes, kw, {k: f"{v:.1e}" for k, v in e.items()}, flush=True)
+@pytest.mark.parametrize(
+    ("sizes", "constant"),
+    [
+        ((2, 37, 3, 3, 3, 7, 5), False),
+        ((1, 64, 2, 2, 2, 7, 5), True),
+        ((1, 53, 6, 3, 3, 5, 7), False),
+        ((2, 37, 2, 2, 4, 7, 5), False),
+    ],
+    ids=("ragged", "constant", "grouped", "more values than keys"),
+)
+def test_values_and_gradients_are_the_definition(sizes, constant):
+    blocks = Tiling(16, 2, 2 if sizes[4] == 4 else 1, 1)
+    for name, error in errors(*operands(sizes, constant=constant), blocks=blocks).items():
+        assert error < 1e-5, name
+
+
+def test_the_chosen_cut_is_the_definition():
+    for name, error in errors(*operands((1, 150, 2, 2, 2, 16, 8))).items():
+        assert error < 1e-5, name
+
+
+def test_segments_are_sequences_of_their_own():
+    ids = jnp.repeat(jnp.asarray([3, 4, 9]), jnp.asarray([5, 19, 13]), total_repeat_length=37)[None]
+    for name, error in errors(*operands((1, 37, 2, 2, 2, 7, 5)), segment_ids=ids, blocks=SMALL).items():
+        assert error < 1e-5, name
+
+
+def test_gates_that_forget_all_are_finite_and_right():
+    for name, error in errors(*operands((1, 37, 2, 2, 2, 7, 5), decay=20.0), blocks=SMALL).items():
+        # A gate of -20 has a gradient near 1e-9 of others, left over from sums of others.
+        assert error < (2e-5 if name == "gate" else 1e-5), name
+
+
+def test_keys_that_are_nearly_alike():
+    """The triangular system is then far from the identity: entries of its powers reach 1e5."""
+    for name, error in errors(*operands((1, 128, 2, 2, 2, 16, 8), alike=0.8, decay=0.01)).items():
+        assert error < 1e-5, name
+
+
+def test_bfloat16_operands():
+    """Single products of bfloat16 round by 2 ** -9; gates and beta gather the errors of several."""
+    found = errors(*operands((1, 150, 2, 2, 2, 32, 32), dtype=jnp.bfloat16))
+    for name, error in found.items():
+        assert error < (1e-2 if name in ("gate", "beta") else 5e-3), name
+
+
+def test_gates_that_want_no_gradient_cost_none():
+    arguments, cotangents = operands((1, 32, 1, 1, 1, 7, 5))
+
+    def loss(*trained):
+        out, end = delta_rule(
+            *trained[:4], arguments[4], None, trained[4], scale=0.7, platform="interpret", blocks=SMALL
+        )
+        return jnp.sum(out * cotangents[0]) + jnp.sum(end * cotangents[1])
+
+    trained = (*arguments[:4], arguments[5])
+    gradients = jax.grad(loss, argnums=range(5))(*trained)
+    want = reference(arguments, cotangents)
+    for got, name in zip(gradients, ("query", "key", "value", "beta", "initial"), strict=True):
+        np.testing.assert_allclose(got, want[name], rtol=2e-4, atol=1e-5)
+
+
+def test_the_op_on_the_kernel():
+    """Padding, reverse order and the default gates are made outside of the kernel."""
+    (query, key, value, beta, _, state), _ = operands((2, 21, 2, 2, 4, 7, 5))
+    mask = (jnp.arange(21) < jnp.asarray([[21], [13]]))[:, None, None]
+    options = {"mask": mask, "reverse": True, "initial_state": LinearState(state, None), "return_state": True}
+    got, want = (op(query, key, value, beta, **options, implementation=name) for name in ("interpret", "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_the_inverse_of_a_triangle(chunk):
+    lower = np.tril(np.random.default_rng(0).uniform(-1, 1, (chunk, chunk)), -1).astype(np.float32) / 4
+    (inverse,) = solve.unit_lower_inverses([jnp.asarray(lower)], jnp.float32)
+    exact = np.linalg.inv(np.eye(chunk) + lower.astype(np.float64))
+    assert np.abs(inverse - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": np.float16}, "bfloat16 and float32, not float16"),
+        ({"gates": (1, 8, 1, 4)}, "not for each channel"),
+        ({"heads": (4, 1, 2)}, "shares a state among queries or a key among states, not both"),
+        ({"width": 4096}, "does not fit the kernel's 64 MiB; heads of 1024 x 1024 do"),
+    ],
+)
+def test_what_the_kernel_does_not_do(change, message):
+    width, dtype = change.get("width", 4), change.get("query", np.float32)
+    operands = [jax.ShapeDtypeStruct((1, 8, heads, width), dtype) for heads in change.get("heads", (1, 1, 1))]
+    gates = jax.ShapeDtypeStruct(change.get("gates", (1, 8, 1)), np.float32)
+    with pytest.raises(NotImplementedError, match=message):
+        delta.check(*operands, gates)
+
+
+def test_a_cut_keeps_the_states_of_a_key_head_together():
+    assert tiling.choose(1, 256, 8, 1, 128, 128, jnp.bfloat16, shared=4, solves=True, cores=1).heads % 4 == 0
