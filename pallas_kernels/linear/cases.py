@@ -21,7 +21,7 @@ def cases(target: str) -> dict[str, Case]:
     if target == "h100":
         return {}
     gates = {"constant": (HEADS,), "scalar": (BATCH, LENGTH, HEADS)}
-    found = {}
+    found: dict[str, Case] = {}
     for name, shape in gates.items():
         found |= _pair(target, name, additive, shape)
     return found | _pair(target, "delta", delta, gates["scalar"], solves=True)
