@@ -1,4 +1,6 @@
-"""The catalog: one static tuple with an `Entry` for every variant the library has.
+"""The catalog: an `Entry` for every variant the library has, in two static tuples.
+
+`CATALOG` has what takes queries, keys and values, `RECURRENCES` the token mixers that do not.
 
 The layer registry, the language model's `pattern`, the property tests, the documentation table and the comparison
 harness all read it. Nothing here imports an op: entries name them, and names load on first use.
@@ -15,7 +17,7 @@ from typing import Any, Literal
 
 Feature = Literal[
     "bias", "mask", "grouped_heads", "value_dim", "cross", "lse", "segments", "state", "decay", "channel_decay",
-    "sinks", "soft_cap",
+    "feature_map", "sinks", "soft_cap",
 ]  # fmt: skip
 
 
@@ -30,7 +32,7 @@ class Entry:
       step: where the one-token form is, or `None`.
       summary: one line for tables.
       paper: where it is defined.
-      cost: time per head in terms of T, S (lengths), H, V (head dims), C (chunk) and W (window).
+      cost: time per head in terms of T, S (lengths), H, V (head dims), F (features), C (chunk) and W (window).
       causality: whether the op "is" causal always, or "may" be by an argument.
       features: what the op accepts or returns beyond query, key and value.
       example: options that make a small, meaningful call; the property tests use them.
@@ -54,7 +56,7 @@ class Entry:
 
     def load_layer(self) -> Callable[..., Any]:
         if self.layer is None:
-            mixers = ", ".join(entry.name for entry in CATALOG if entry.layer)
+            mixers = ", ".join(entry.name for entry in (*CATALOG, *RECURRENCES) if entry.layer)
             raise ValueError(f"{self.name}: is an op without a layer; the mixers are {mixers}")
         return load(self.layer)
 
@@ -148,6 +150,42 @@ CATALOG: tuple[Entry, ...] = (
         features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
     ),
     Entry(
+        name="hedgehog",
+        op="jattn.linear.hedgehog:hedgehog_attention",
+        layer="jattn.nn.hedgehog:HedgehogMixer",
+        step="jattn.linear.hedgehog:hedgehog_attention_step",
+        summary="linear attention over learnt features that mimic softmax",
+        paper="Zhang et al. 2024, eq. 3",
+        cost="T (H F + C (F + V) + F V)",
+        causality="may",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "feature_map"}),
+        golden="hedgehog",
+    ),
+    Entry(
+        name="linear_transformer",
+        op="jattn.linear.recurrence:linear_attention",
+        layer="jattn.nn.dsf:LinearTransformerMixer",
+        step="jattn.linear.recurrence:linear_attention_step",
+        summary="linear attention over the features elu + 1, divided by its summed weights",
+        paper="Katharopoulos et al. 2020, eq. 7 and 9",
+        cost="T (C (H + V) + H V)",
+        causality="may",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
+        golden="dsf",
+    ),
+    Entry(
+        name="normalized_attention",
+        op="jattn.linear.recurrence:linear_attention",
+        layer="jattn.nn.dsf:NormalizedMixer",
+        step="jattn.linear.recurrence:linear_attention_step",
+        summary="linear attention divided by a number read off the token",
+        paper="Sieber et al. 2024, section 4",
+        cost="T (C (H + V) + H V)",
+        causality="may",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
+        golden="dsf",
+    ),
+    Entry(
         name="delta_rule",
         op="jattn.linear.delta_rule:delta_rule",
         layer="jattn.nn.delta:DeltaNetMixer",
@@ -185,13 +223,85 @@ CATALOG: tuple[Entry, ...] = (
     ),
 )
 
+RECURRENCES: tuple[Entry, ...] = (
+    Entry(
+        name="s6",
+        op="jattn.linear.selective_scan:selective_scan",
+        layer="jattn.nn.dsf_recurrent:S6Mixer",
+        step="jattn.linear.selective_scan:selective_scan_step",
+        summary="the selective scan of Mamba: n states for every channel, a time step per token and channel",
+        paper="Gu and Dao 2023, algorithm 2",
+        cost="T n",
+        causality="is",
+        features=frozenset({"segments", "state"}),
+        golden="dsf",
+    ),
+    Entry(
+        name="ssd",
+        op="jattn.linear.selective_scan:selective_scan",
+        layer="jattn.nn.dsf_recurrent:SSDMixer",
+        step="jattn.linear.selective_scan:selective_scan_step",
+        summary="the selective scan with one rate for all channels and states",
+        paper="Sieber et al. 2024, section 4",
+        cost="T n",
+        causality="is",
+        features=frozenset({"segments", "state"}),
+        golden="dsf",
+    ),
+    Entry(
+        name="lru",
+        op="jattn.linear.dsf:dsf_scan",
+        layer="jattn.nn.dsf_recurrent:LRUMixer",
+        summary="the linear recurrent unit: complex decays that tokens do not change",
+        paper="Orvieto et al. 2023, eq. 7",
+        cost="T",
+        causality="is",
+        features=frozenset({"segments", "state"}),
+    ),
+    Entry(
+        name="qlstm",
+        op="jattn.linear.dsf:dsf_scan",
+        layer="jattn.nn.dsf_recurrent:QLSTMMixer",
+        summary="an LSTM's cell whose gates see the input and not the state",
+        paper="Sieber et al. 2024, section 4",
+        cost="T",
+        causality="is",
+        features=frozenset({"segments", "state"}),
+        golden="dsf",
+    ),
+    Entry(
+        name="qlstm_reversed",
+        op="jattn.linear.dsf:dsf_scan",
+        layer="jattn.nn.dsf_recurrent:ReversedQLSTMMixer",
+        summary="the same, forgetting as S6 does: sigmoid(-f) to a learned power",
+        paper="Sieber et al. 2024, section 4",
+        cost="T",
+        causality="is",
+        features=frozenset({"segments", "state"}),
+        golden="dsf",
+    ),
+    Entry(
+        name="rglru",
+        op="jattn.linear.dsf:dsf_scan",
+        layer="jattn.nn.dsf_recurrent:RGLRUMixer",
+        summary="Griffin's recurrent block: a real-gated linear recurrent unit behind a short convolution",
+        paper="De et al. 2024, eq. 1 to 4",
+        cost="T",
+        causality="is",
+        features=frozenset({"segments", "state"}),
+        golden="dsf",
+    ),
+)
+"""Mixers whose op takes no queries, keys and values; costs are per channel of n states."""
+
 
 def get(name: str) -> Entry:
     """The entry called `name`; an unknown name raises `ValueError` with the nearest ones."""
-    for entry in CATALOG:
+    entries = (*CATALOG, *RECURRENCES)
+    for entry in entries:
         if entry.name == name:
             return entry
-    names = [entry.name for entry in CATALOG]
+    names = [entry.name for entry in entries]
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"no attention variant is called {name!r}{hint} The catalog has {', '.join(names)}")

@@ -22,7 +22,8 @@ from jattn import catalog, masks
 from jattn.linear.recurrence import LinearState
 
 B, T, N, K, H, V = 2, 13, 6, 3, 5, 7
-ARRAYS = ("query", "key", "value", "bias", "sinks", "beta", "log_decay", "slopes", "gamma")
+MAPS = ("query_weight", "key_weight", "query_bias", "key_bias")
+ARRAYS = ("query", "key", "value", "bias", "sinks", "beta", "log_decay", "slopes", "gamma", *MAPS)
 OPERANDS = ("query", "key", "value")
 UNSCALED = ("linear", "lightning")
 
@@ -33,7 +34,7 @@ def good(entry: catalog.Entry) -> dict[str, Any]:
     shapes = {
         "query": (B, T, N, H), "key": (B, T, K, H), "value": (B, T, K, V), "bias": (B, N, T, T), "sinks": (N,),
         "log_decay": (B, T, K, H) if "channel_decay" in entry.features else (B, T, K), "slopes": (K,), "gamma": (K,),
-        "beta": (B, T, K),
+        "beta": (B, T, K), "query_weight": (N, H, H), "key_weight": (K, H, H), "query_bias": (N, H), "key_bias": (K, H),
     }  # fmt: skip
     x: dict[str, Any] = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     x["log_decay"] = -np.abs(x["log_decay"])
@@ -44,6 +45,9 @@ def good(entry: catalog.Entry) -> dict[str, Any]:
     x["segment_ids"] = np.sort(rng.integers(0, 3, (B, T))).astype(np.int32)
     x["mask"] = np.ones((B, 1, 1, T), bool)
     x["initial_state"] = LinearState(rng.standard_normal((B, K, H, V)).astype(np.float32), None)
+    if "feature_map" in entry.features:
+        S, z = rng.standard_normal((B, K, 2 * H, V)), rng.uniform(0.1, 1, (B, K, 2 * H))
+        x["initial_state"] = LinearState(S.astype(np.float32), z.astype(np.float32))
     accepted = inspect.signature(entry.load_op()).parameters
     return {**{name: array for name, array in x.items() if name in accepted}, **entry.example}
 
@@ -85,7 +89,11 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
     groups = x["query"].shape[2] // x["key"].shape[2]
     scale = 1.0 if entry.name in UNSCALED else x["query"].shape[3] ** -0.5
     query, key, value = (np.moveaxis(wide[name], 2, 1) for name in OPERANDS)
-    key, value = (np.repeat(array, groups, axis=1) for array in (key, value))
+    if "feature_map" in entry.features:
+        query, key = (mapped(wide, name, array) for name, array in (("query", query), ("key", key)))
+        groups = query.shape[1] // key.shape[1]
+    key = np.repeat(key, query.shape[1] // key.shape[1], axis=1)
+    value = np.repeat(value, query.shape[1] // value.shape[1], axis=1)
     distance = np.arange(query.shape[2])[:, None] - np.arange(key.shape[2])
     allowed = np.broadcast_to(x.get("mask", True), (*query.shape[:3], key.shape[2]))
     if "segment_ids" in x:
@@ -102,9 +110,16 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
         sums = np.cumsum(np.repeat(np.moveaxis(gates, 2, 1), groups, axis=1), axis=2)
         weights = np.where(allowed, products * np.exp(-np.abs(sums[..., None] - sums[..., None, :])), 0)
         out = weights @ value
+        total = weights.sum(axis=-1, keepdims=True)
         if "initial_state" in x:
             state = np.repeat(np.asarray(x["initial_state"].S, np.float64), groups, axis=1)
             out = out + np.exp(sums)[..., None] * (query @ state)
+        if "feature_map" in entry.features:
+            if "initial_state" in x:
+                total = (
+                    total + query @ np.repeat(np.asarray(x["initial_state"].z, np.float64), groups, axis=1)[..., None]
+                )
+            return np.moveaxis(out / np.where(total == 0, 1, total + x.get("eps", 1e-12)), 1, 2)
         return np.moveaxis(x.get("scale", scale) * out, 1, 2)
     if "window" in x:
         left, right = x["window"] if isinstance(x["window"], tuple) else (x["window"] - 1, 0)
@@ -117,6 +132,16 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
     total = weights.sum(axis=-1, keepdims=True)
     total = total + (np.exp(wide["sinks"])[:, None, None] if "sinks" in wide else 0)
     return np.moveaxis(weights / np.where(total == 0, 1, total) @ value, 1, 2)
+
+
+def mapped(wide: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    """The features that Hedgehog makes of `x [B, heads, T, H]` by default."""
+    weight = wide.get(f"{name}_weight", np.broadcast_to(np.eye(x.shape[-1]), (x.shape[1], *[x.shape[-1]] * 2)))
+    u = np.repeat(x, len(weight) // x.shape[1], axis=1) @ weight
+    u = u + wide.get(f"{name}_bias", np.zeros(u.shape[1::2]))[:, None]
+    positive, negative = np.exp(u), np.exp(-u)
+    halves = (half / half.sum(axis=-1, keepdims=True) for half in (positive, negative))
+    return np.concatenate(list(halves), axis=-1)
 
 
 def overwritten(wide: dict[str, np.ndarray], x: dict[str, Any]) -> np.ndarray:
@@ -166,10 +191,14 @@ def type_changes(x: np.ndarray) -> dict[str, Any]:
 def state_changes(state: LinearState) -> dict[str, Any]:
     arrays = {**shape_changes(state.S), **type_changes(state.S)}
     z = np.ones((B, K, H), np.float32)
+    if state.z is None:
+        changes = {"z too": LinearState(state.S, z), "z for S": LinearState(z, None)}
+    else:
+        others = {**shape_changes(state.z), **type_changes(state.z)}
+        changes = {f"z: {name}": LinearState(state.S, array) for name, array in others.items()}
     return {
-        **{f"S: {name}": LinearState(array, None) for name, array in arrays.items()},
-        "z too": LinearState(state.S, z),
-        "z for S": LinearState(z, None),
+        **{f"S: {name}": LinearState(array, state.z) for name, array in arrays.items()},
+        **changes,
         "None": None,
         "an array": state.S,
         "a tuple": tuple(state),
@@ -189,6 +218,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "normalize": ("yes", None, 2, np.ones(1, bool)),
     "is_causal": ("yes", None, 2, True, False, np.ones(1, bool)),
     "reverse": ("yes", None, 2, False, np.ones(1, bool)),
+    "activation": ("relu", "softmax_dim", 0, None, ["exp"], np.ones(1, bool)),
     "return_lse": ("yes", None, 2, True, np.ones(1, bool)),
     "return_state": ("yes", None, 2, True, np.ones(1, bool)),
     "mask": ("causal", None, 1.0, [True], np.ones((B, 1, 1, T), np.float32), np.ones((T, T), bool),
@@ -251,7 +281,7 @@ def test_a_wrong_argument_among_others_is_named(entry, data):
 
 @every_entry
 def test_a_wrong_argument_alone_is_named_or_the_answer_is_right(entry):
-    alone = {name: value for name, value in good(entry).items() if name in (*OPERANDS, *entry.example)}
+    alone = {name: value for name, value in good(entry).items() if name in (*OPERANDS, *MAPS, *entry.example)}
     accepted = 0
     for (name, change), value in changes_of(entry.name).items():
         x = {**alone, name: value}

@@ -19,6 +19,7 @@ def test_names_resolve_and_features_are_arguments(entry):
         "segments": "segment_ids",
         "state": "return_state",
         "decay": "log_decay",
+        "feature_map": "query_weight",
         "sinks": "sinks",
         "soft_cap": "logits_soft_cap",
     }

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jattn import catalog
 from jattn.linear.recurrence import LinearState
 
-B, T, N, K, H, V = 2, 13, 6, 3, 5, 7
+B, T, N, K, H, V, F = 2, 13, 6, 3, 5, 7, 11
 # Entries that share an op differ in their layers only.
 OPS = tuple({entry.op: entry for entry in reversed(catalog.CATALOG)}.values())[::-1]
 CASES = [(entry, implementation) for entry in OPS for implementation in ("reference", "xla")]
@@ -34,13 +34,28 @@ traces: collections.Counter[tuple[str, str]] = collections.Counter()
 SEGMENTS = np.repeat([[1, 1, 2], [4, 6, 9]], [5, 1, 7], axis=1).astype(np.int32)
 
 
-def with_feature(feature: str) -> Any:
-    cases = [(entry, implementation) for entry, implementation in CASES if feature in entry.features]
+def parameters(entry: catalog.Entry) -> set[str]:
+    return set(inspect.signature(entry.load_op()).parameters)
+
+
+def cases_where(holds: Any) -> Any:
+    cases = [(entry, implementation) for entry, implementation in CASES if holds(entry)]
     return pytest.mark.parametrize(("entry", "implementation"), cases, ids=[f"{e.name}-{i}" for e, i in cases])
 
 
-def parameters(entry: catalog.Entry) -> set[str]:
-    return set(inspect.signature(entry.load_op()).parameters)
+def with_feature(feature: str) -> Any:
+    return cases_where(lambda entry: feature in entry.features)
+
+
+def with_argument(name: str) -> Any:
+    return cases_where(lambda entry: name in parameters(entry))
+
+
+def state_of(entry: catalog.Entry, kv_heads: int, value_dim: int, rng: Any) -> LinearState:
+    """A state such as the op returns: over keys or, with the sum of them that it divides by, over their features."""
+    if "feature_map" not in entry.features:
+        return LinearState(rng.standard_normal((B, kv_heads, H, value_dim)), None)
+    return LinearState(rng.standard_normal((B, kv_heads, 2 * F, value_dim)), rng.uniform(0.1, 1, (B, kv_heads, 2 * F)))
 
 
 def arguments(
@@ -52,7 +67,7 @@ def arguments(
     length: int = T,
     batch: int = B,
 ) -> dict[str, Any]:
-    """Query, key, value, gates and sinks by name; with `every` also what makes a call costlier: bias, initial state."""
+    """Query, key, value, gates, maps and sinks by name; with `every` also bias and initial state, which cost time."""
     rng = np.random.default_rng(seed)
     kv_heads = K if "grouped_heads" in entry.features else N
     value_dim = V if "value_dim" in entry.features else H
@@ -69,10 +84,14 @@ def arguments(
         "gamma": lambda: rng.uniform(0.6, 0.9, kv_heads),
         "beta": lambda: rng.uniform(0.1, 0.9, (batch, length, kv_heads)),
         "log_decay": lambda: -rng.exponential(0.3, (batch, length, kv_heads, *channels)),
+        "query_weight": lambda: normal((N, H, F)),
+        "key_weight": lambda: normal((kv_heads, H, F)),
+        "query_bias": lambda: normal((N, F)),
+        "key_bias": lambda: normal((kv_heads, F)),
     }
     if every:
         makers["bias"] = lambda: normal((batch, N, length, length))
-        makers["initial_state"] = lambda: LinearState(normal((batch, kv_heads, H, value_dim)), None)
+        makers["initial_state"] = lambda: state_of(entry, kv_heads, value_dim, rng)
     made = {name: make() for name, make in makers.items() if name in parameters(entry)}
     dtypes = {"initial_state": jnp.promote_types(dtype, np.float32)}
     return {n: jax.tree.map(lambda x, n=n: jnp.asarray(x, dtypes.get(n, dtype)), x) for n, x in made.items()}
@@ -158,7 +177,8 @@ def test_shapes_and_dtypes(entry, implementation, dtype):
         if "lse" in entry.features:
             assert (other.shape, other.dtype) == ((B, T, N), wide)
         if "state" in entry.features:
-            assert [(s.shape, s.dtype) for s in jax.tree.leaves(other)] == [((B, heads[0], H, heads[1]), wide)]
+            like = state_of(entry, *heads, np.random.default_rng())
+            assert jax.tree.map(lambda s: (s.shape, s.dtype), other) == jax.tree.map(lambda s: (s.shape, wide), like)
 
 
 @every_case
@@ -283,7 +303,7 @@ def test_a_split_and_single_steps_give_the_whole(entry, implementation):
 
     def part(start: int, stop: int, state: Any) -> dict[str, Any]:
         piece = {n: leaf for n, leaf in x.items() if n != "initial_state"}
-        piece = {n: leaf[:, start:stop] if leaf.ndim > 2 else leaf for n, leaf in piece.items()}
+        piece = {n: leaf[:, start:stop] if leaf.shape[:2] == (B, T) else leaf for n, leaf in piece.items()}
         return {**piece, "initial_state": state}
 
     first, state = run(part(0, 5, x["initial_state"]))
@@ -295,7 +315,7 @@ def test_a_split_and_single_steps_give_the_whole(entry, implementation):
     for t in range(T):
         token = part(t, t + 1, None)
         del token["initial_state"]
-        token = {n: leaf[:, 0] if leaf.ndim > 2 else leaf for n, leaf in token.items()}
+        token = {n: leaf[:, 0] if leaf.shape[:2] == (B, 1) else leaf for n, leaf in token.items()}
         out, state = step(**token, state=state)
         outs.append(out)
     assert_close((jnp.stack(outs, axis=1), state), (want, last), 2e-6)
@@ -304,13 +324,13 @@ def test_a_split_and_single_steps_give_the_whole(entry, implementation):
 @with_feature("grouped_heads")
 def test_grouped_heads_are_repeated_ones(entry, implementation):
     x = arguments(entry)
-    axes = {"key": 2, "value": 2, "beta": 2, "log_decay": 2, "slopes": 0, "gamma": 0}
+    axes = {"key": 2, "value": 2, "beta": 2, "log_decay": 2, "slopes": 0, "gamma": 0, "key_weight": 0, "key_bias": 0}
     repeated = {name: jnp.repeat(x[name], N // K, axis=axis) for name, axis in axes.items() if name in x}
     run = plain(entry.name, implementation)
     assert_close(run({**x, **repeated}), run(x), 2e-6)
 
 
-@every_case
+@with_argument("scale")
 def test_a_scale_of_zero_is_legal(entry, implementation):
     run = quick_jit(call(entry, implementation, scale=0.0))
     x = arguments(entry)

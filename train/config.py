@@ -98,6 +98,23 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConversionConfig:
+    """A start from the weights of another run, whose softmax layers become Hedgehog's."""
+
+    source: str | None = None
+    """The folder of that run; None starts from random weights."""
+    steps: int = 200
+    """Batches from which the feature maps learn the attention of the softmax layers, before the run itself begins; a
+    schedule by seconds counts that time too."""
+    learning_rate: float = 0.01
+    """Of Adam for the maps; it falls to 0 along a cosine."""
+    xent_factor: float = 1.0
+    """Of the cross-entropy between the weights of softmax and the maps' (the paper)."""
+    mse_factor: float = 0.0
+    """Of the squared error between the outputs of their heads (LoLCATs: 1000, and 0 for the other)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate's factor over the run, and when the run ends: exactly one of `steps` and `seconds`."""
 
@@ -147,6 +164,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     sample: SampleConfig = SampleConfig()
     guard: GuardConfig = GuardConfig()
+    conversion: ConversionConfig = ConversionConfig()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. "auto" is bfloat16 where the device multiplies in it."""
     seed: int = 0
@@ -196,6 +214,7 @@ class RunConfig:
             ("data.context", data.context, 1),
             ("data.batch", data.batch, 1),
             ("data.accumulate", data.accumulate, 1),
+            ("conversion.steps", self.conversion.steps, 0),
             ("guard.max_nonfinite", self.guard.max_nonfinite, 1),
             ("guard.spike_window", self.guard.spike_window, 2),
             ("guard.max_rollbacks", self.guard.max_rollbacks, 1),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jattn.models.generate import generate
 from jattn.models.lm import count_parameters
-from train import distributed, report
+from train import convert, distributed, report
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, save_config
 from train.data.load import RunData, load_data
@@ -53,7 +53,7 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
         raise UserError(
             "schedule.seconds: each host has its own clock, so a run on many counts steps; give schedule.steps"
         )
-    distributed.decide("same run", lambda: check_same_run(config, workdir))
+    distributed.decide("same run", lambda: _check_run(config, workdir))
     summary = distributed.decide("finished", lambda: finished(workdir))
     if summary is not None:
         print(
@@ -80,6 +80,11 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
         checkpoints.clean()
         if latest is None:
             state = program.init(config.seed)
+            if config.conversion.source is not None:
+                begun = convert.converted(config, workdir, program, state, loaded, data, stop, progress.say)
+                if begun is None:
+                    return {"stopped": stop.requested or "another process", "steps": 0}
+                state = begun
             records.truncate(after=0)
             size = count_parameters(program.model(program.state_shape.parameters))
             progress.say(
@@ -96,6 +101,12 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
             progress.say(f"stopped by {who} at step {step}, saved; the same command goes on")
             return {"stopped": who, "steps": step}
         return _finish(config, workdir, loaded, program.model(state.weights), state, trainer, progress)
+
+
+def _check_run(config: RunConfig, workdir: Path) -> None:
+    check_same_run(config, workdir)
+    if config.conversion.source is not None and not (workdir / "config.json").exists():
+        convert.check_source(config)
 
 
 def _claim(stack: ExitStack, workdir: Path) -> None:

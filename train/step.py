@@ -108,6 +108,11 @@ def mean_gradient(weighted: Callable[[Any, Batch], Any], weights: Any, batch: Ba
     return total / count, jax.tree.map(lambda x: (x / count).astype(x.dtype), sums)
 
 
+def mesh_layout(mesh: Mesh) -> Layout:
+    """Where activations live on a mesh of `sharding.make_mesh`."""
+    return Layout(mesh, batch=sharding.ROWS, heads="tensor", context="context")
+
+
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
     """Everything that is compiled for a run of `config` on `mesh`."""
     accumulate = config.data.accumulate
@@ -136,7 +141,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     state_shape = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, shardings)
     replicated = NamedSharding(mesh, PartitionSpec())
     by_token = NamedSharding(mesh, sharding.batch_spec())
-    layout = Layout(mesh, batch=sharding.ROWS, heads="tensor", context="context")
+    layout = mesh_layout(mesh)
     by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def step(

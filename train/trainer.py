@@ -154,8 +154,9 @@ class Trainer:
 
     def train(self, state: TrainState, batches: BatchIterator, stop: Stop) -> TrainState:
         """Steps until the clock says that the run is over or a signal asks to stop; validated and saved at the end."""
-        if self.config.guard.spike_z is not None and int(state.step) == 0:
-            self._save(0, state)  # there must be something to go back to
+        begins = int(state.step) == 0
+        if begins and (self.config.guard.spike_z is not None or self.config.conversion.source is not None):
+            self._save(0, state)  # there must be something to go back to, and a conversion is not to be made twice
         while True:
             try:
                 return self._train(state, batches, stop)

@@ -42,7 +42,7 @@ class LMConfig:
       num_layers: a multiple of the pattern's length.
       pattern: mixers by catalog name, first layer first.
       num_heads, num_kv_heads, head_dim: N, K, H; K defaults to N, H to D / N.
-      mlp, mlp_width: "swiglu" or "gelu" and its hidden channels.
+      mlp, mlp_width: "swiglu" or "gelu" and its hidden channels; "none" leaves the mixers by themselves.
       norm: "rmsnorm" or "layernorm".
       tied: whether the head is the embedding transposed.
       logits_soft_cap: c in c tanh(logits / c), or `None`.
@@ -58,7 +58,7 @@ class LMConfig:
     num_heads: int = 4
     num_kv_heads: int | None = None
     head_dim: int | None = None
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
     mlp_width: int = 704
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     tied: bool = False
@@ -83,7 +83,7 @@ class LMConfig:
         for name in self.mixer_options:
             if name not in self.pattern:
                 raise ValueError(f"mixer_options: {name!r} is not in the pattern {self.pattern}")
-        checks.check_choice("mlp", self.mlp, ("swiglu", "gelu"))
+        checks.check_choice("mlp", self.mlp, ("swiglu", "gelu", "none"))
         checks.check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
         checks.check_choice("remat", self.remat, ("none", *_REMAT))
 
@@ -111,14 +111,9 @@ class Unit(nnx.Module):
                 **config.mixer_options.get(name, {}),
                 **settings,
             )
-            blocks.append(
-                Block(
-                    mixer,
-                    make_mlp(config.mlp, config.width, config.mlp_width, **settings),
-                    make_norm(config.norm, config.width, **settings),
-                    make_norm(config.norm, config.width, **settings),
-                )
-            )
+            mlp = make_mlp(config.mlp, config.width, config.mlp_width, **settings)
+            norms = [make_norm(config.norm, config.width, **settings) for _ in range(1 if mlp is None else 2)]
+            blocks.append(Block(mixer, mlp, *norms))
         self.blocks = nnx.List(blocks)
 
     def __call__(

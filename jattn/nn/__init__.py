@@ -3,7 +3,10 @@
 from jattn.nn.blocks import Block
 from jattn.nn.cross_entropy import chunked_cross_entropy
 from jattn.nn.delta import DeltaNetMixer, GatedDeltaNetMixer, KDAMixer
+from jattn.nn.dsf import LinearTransformerMixer, NormalizedMixer, SoftmaxDSFMixer
+from jattn.nn.dsf_recurrent import RGLRU, LRUMixer, QLSTMMixer, ReversedQLSTMMixer, RGLRUMixer, S6Mixer, SSDMixer
 from jattn.nn.gated import HGRN2Mixer, RetNetMixer, SimpleGLAMixer
+from jattn.nn.hedgehog import HedgehogMixer, convert_attention
 from jattn.nn.linear import LightningMixer, LinearMixer
 from jattn.nn.mixer import Mixer
 from jattn.nn.mlp import MLP, SwiGLU
@@ -12,19 +15,31 @@ from jattn.nn.softmax import SlidingWindowMixer, SoftmaxMixer
 
 __all__ = [
     "MLP",
+    "RGLRU",
     "Block",
     "DeltaNetMixer",
     "GatedDeltaNetMixer",
     "HGRN2Mixer",
+    "HedgehogMixer",
     "KDAMixer",
+    "LRUMixer",
     "LightningMixer",
     "LinearMixer",
+    "LinearTransformerMixer",
     "Mixer",
+    "NormalizedMixer",
+    "QLSTMMixer",
+    "RGLRUMixer",
     "RetNetMixer",
+    "ReversedQLSTMMixer",
+    "S6Mixer",
+    "SSDMixer",
     "ShortConvolution",
     "SimpleGLAMixer",
     "SlidingWindowMixer",
+    "SoftmaxDSFMixer",
     "SoftmaxMixer",
     "SwiGLU",
     "chunked_cross_entropy",
+    "convert_attention",
 ]

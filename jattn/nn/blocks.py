@@ -1,4 +1,4 @@
-"""The pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x))."""
+"""The pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x)) if there is an mlp."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ def make_norm(kind: str, width: int, *, dtype: Any = None, param_dtype: Any = jn
     return layer(width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
-def make_mlp(kind: str, width: int, hidden: int, **settings: Any) -> SwiGLU | MLP:
-    """A `SwiGLU` ("swiglu") or an `MLP` ("gelu")."""
-    checks.check_choice("mlp", kind, ("swiglu", "gelu"))
+def make_mlp(kind: str, width: int, hidden: int, **settings: Any) -> SwiGLU | MLP | None:
+    """A `SwiGLU` ("swiglu"), an `MLP` ("gelu") or `None` ("none")."""
+    checks.check_choice("mlp", kind, ("swiglu", "gelu", "none"))
+    if kind == "none":
+        return None
     return (SwiGLU if kind == "swiglu" else MLP)(width, hidden, **settings)
 
 
@@ -31,11 +33,13 @@ class Block(nnx.Module):
 
     Args:
       mixer: the token mixer.
-      mlp: the channel mixer.
+      mlp: the channel mixer; `None` for none.
       mixer_norm, mlp_norm: what each reads through.
     """
 
-    def __init__(self, mixer: Mixer, mlp: SwiGLU | MLP, mixer_norm: nnx.Module, mlp_norm: nnx.Module):
+    def __init__(
+        self, mixer: Mixer, mlp: SwiGLU | MLP | None, mixer_norm: nnx.Module, mlp_norm: nnx.Module | None = None
+    ):
         self.mixer: Any = mixer
         self.mlp = mlp
         self.mixer_norm: Any = mixer_norm
@@ -51,7 +55,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], State]:
         mixed, state = self.mixer(self.mixer_norm(x), positions=positions, segment_ids=segment_ids, state=state)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state
 
     def flops(self, batch: int, length: int) -> float:
-        return self.mixer.flops(batch, length) + self.mlp.flops(batch * length)
+        mlp = 0.0 if self.mlp is None else self.mlp.flops(batch * length)
+        return self.mixer.flops(batch, length) + mlp

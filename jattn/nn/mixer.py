@@ -49,7 +49,7 @@ class Mixer(Protocol):
 
 
 class Projections(nnx.Module):
-    """Query, key, value and output projections without bias, heads split and merged.
+    """Query, key, value and output projections, without bias unless told, heads split and merged.
 
     The output projection starts at zero, so that a new layer passes its input through unchanged. Value heads are as
     many and as wide as the keys' unless told; the output then has as many heads as there are queries or values.
@@ -64,6 +64,7 @@ class Projections(nnx.Module):
         head_dim: int | None,
         num_value_heads: int | None = None,
         value_dim: int | None = None,
+        use_bias: bool = False,
         dtype: Any,
         param_dtype: Any,
         rngs: nnx.Rngs,
@@ -87,7 +88,7 @@ class Projections(nnx.Module):
             return nnx.Linear(
                 features_in,
                 features_out,
-                use_bias=False,
+                use_bias=use_bias,
                 kernel_init=init,
                 dtype=dtype,
                 param_dtype=param_dtype,

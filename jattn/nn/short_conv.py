@@ -1,11 +1,11 @@
 """A short causal convolution of every channel with itself alone, as linear mixers have before their op.
 
-y_t = f(sum_{d < W} w_d * x_{t-d}),      w [W, C], d = 0 the token itself; tokens of other segments count as 0
+y_t = f(sum_{d < W} w_d * x_{t-d} + b),      w [W, C], d = 0 the token itself; tokens of other segments count as 0
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,35 @@ from jattn.nn.mixer import Projections
 
 
 class ShortConvolution(nnx.Module):
-    """Depthwise causal convolution without bias, then SiLU.
+    """Depthwise causal convolution.
 
     Args:
       features: C.
       taps: W, tokens that one output sees.
+      activation: f, "silu" or `None` for none.
+      use_bias: whether there is a b, which starts at zero.
 
     State: the last W - 1 inputs of the last segment, `[B, W - 1, C]`; zeros where it has fewer.
     """
 
-    def __init__(self, features: int, *, taps: int = 4, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        checks.check_count("taps", taps)
+    def __init__(
+        self,
+        features: int,
+        *,
+        taps: int = 4,
+        activation: Literal["silu"] | None = "silu",
+        use_bias: bool = False,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.features = features
+        self.taps = checks.check_count("taps", taps)
+        checks.check_choice("activation", activation, ("silu", None))
+        self.activation = activation
         # Uniform in +-W^-0.5, as PyTorch starts a convolution of W inputs.
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.kernel = nnx.Param(init(rngs.params(), (taps, features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if use_bias else None
 
     def __call__(
         self,
@@ -56,7 +71,9 @@ class ShortConvolution(nnx.Module):
             if ids is not None and segment_ids is not None:
                 seen = jnp.where((ids[:, start : start + length] == segment_ids)[..., None], seen, 0)
             out += kernel[distance].astype(accumulator) * seen
-        out = jax.nn.silu(out).astype(x.dtype)
+        if self.bias is not None:
+            out += self.bias[...].astype(accumulator)
+        out = (out if self.activation is None else jax.nn.silu(out)).astype(x.dtype)
         if state is None:
             return out, None
         last = inputs[:, length:]
@@ -66,11 +83,10 @@ class ShortConvolution(nnx.Module):
 
     def init_state(self, batch: int, dtype: Any) -> Float[Array, "B past C"]:
         """No past at all."""
-        taps, features = self.kernel.shape
-        return jnp.zeros((batch, taps - 1, features), dtype)
+        return jnp.zeros((batch, self.taps - 1, self.features), dtype)
 
     def flops(self, tokens: int) -> float:
-        return 2.0 * tokens * self.kernel.size
+        return 2.0 * tokens * self.taps * self.features
 
 
 class HeadConvolutions(nnx.Module):

@@ -24,25 +24,25 @@ class KVCache(NamedTuple):
     """
 
     key: Float[Array, "B C K H"]
-    value: Float[Array, "B C K H"]
+    value: Float[Array, "B C K V"]
     position: Int[Array, "B C"]
     written: Int[Array, " B"]
 
 
-def empty_cache(batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
+def empty_cache(projections: Projections, batch: int, capacity: int, dtype: Any) -> KVCache:
     """A cache of `capacity` slots that holds nothing."""
     checks.check_count("capacity", capacity)
-    shape = (batch, capacity, num_kv_heads, head_dim)
+    slots = (batch, capacity, projections.num_kv_heads)
     return KVCache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
+        key=jnp.zeros((*slots, projections.head_dim), dtype),
+        value=jnp.zeros((*slots, projections.value_dim), dtype),
         position=jnp.full((batch, capacity), -1, jnp.int32),
         written=jnp.zeros((batch,), jnp.int32),
     )
 
 
 def write_cache(
-    cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], live: Bool[Array, "B T"]
+    cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"], live: Bool[Array, "B T"]
 ) -> KVCache:
     """The cache after T more tokens; only the newest that fit are kept, and `live` says which may be attended later."""
     capacity = cache.position.shape[1]
@@ -62,14 +62,22 @@ def write_cache(
     )
 
 
-def attend_cache(query: Float[Array, "B 1 N H"], cache: KVCache) -> Float[Array, "B 1 N H"]:
+def attend_cache(query: Float[Array, "B 1 N H"], cache: KVCache) -> Float[Array, "B 1 N V"]:
     """One token's attention over everything that `cache` holds."""
     key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
     return dot_product_attention(query, key, value, mask=(cache.position >= 0)[:, None, None, :])
 
 
-class _Attention(nnx.Module):
-    """What the two softmax mixers share: projections, normalised queries and keys, rotary positions."""
+class RotaryBlock(nnx.Module):
+    """What mixers of queries and keys with positions share: projections, normalised queries and keys, rotary positions.
+
+    Args:
+      width: D.
+      num_heads, num_kv_heads, head_dim, value_dim: N, K, H and V; K defaults to N, H to D / N, V to H.
+      use_bias: of the projections.
+      qk_norm: normalise queries and keys to unit root mean square before the rotation.
+      rope_theta: base of the rotary wavelengths, `None` for no positions.
+    """
 
     def __init__(
         self,
@@ -78,6 +86,8 @@ class _Attention(nnx.Module):
         num_heads: int,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_dim: int | None = None,
+        use_bias: bool = False,
         qk_norm: bool = True,
         rope_theta: float | None = 10_000.0,
         dtype: Any = None,
@@ -91,6 +101,8 @@ class _Attention(nnx.Module):
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            value_dim=value_dim,
+            use_bias=use_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
@@ -106,14 +118,11 @@ class _Attention(nnx.Module):
         return query, key, value
 
 
-class SoftmaxMixer(_Attention):
+class SoftmaxMixer(RotaryBlock):
     """Causal softmax attention over everything that came before.
 
     Args:
-      width: D.
-      num_heads, num_kv_heads, head_dim: N, K and H; K defaults to N, H to D / N.
-      qk_norm: normalise queries and keys to unit root mean square before the rotation.
-      rope_theta: base of the rotary wavelengths, `None` for no positions.
+      width, num_heads, num_kv_heads, head_dim, value_dim, use_bias, qk_norm, rope_theta: as in `RotaryBlock`.
       layer_index, num_layers: accepted as every mixer does; not used.
 
     State: a `KVCache` of `capacity` slots. Tokens beyond the capacity overwrite the oldest: `generate` refuses to go
@@ -157,18 +166,19 @@ class SoftmaxMixer(_Attention):
         return self.projections.merge(out), new
 
     def init_state(self, batch: int, capacity: int, dtype: Any) -> KVCache:
-        return empty_cache(batch, capacity, self.projections.num_kv_heads, self.projections.head_dim, dtype)
+        return empty_cache(self.projections, batch, capacity, dtype)
 
     def flops(self, batch: int, length: int) -> float:
         p = self.projections
-        return p.flops(batch * length) + 2.0 * batch * length**2 * p.num_heads * p.head_dim
+        return p.flops(batch * length) + batch * length**2 * p.num_heads * (p.head_dim + p.value_dim)
 
 
-class SlidingWindowMixer(_Attention):
+class SlidingWindowMixer(RotaryBlock):
     """Causal softmax attention over the `window` most recent tokens, the token itself included.
 
     Args:
-      width, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, layer_index, num_layers: as in `SoftmaxMixer`.
+      width, num_heads, num_kv_heads, head_dim, value_dim, use_bias, qk_norm, rope_theta, layer_index, num_layers: as
+        in `SoftmaxMixer`.
       window: W, how many keys a query sees.
 
     State: a `KVCache` used as a ring of `min(window, capacity)` slots, whatever the length of the text.
@@ -214,10 +224,9 @@ class SlidingWindowMixer(_Attention):
         return self.projections.merge(out), new
 
     def init_state(self, batch: int, capacity: int, dtype: Any) -> KVCache:
-        p = self.projections
-        return empty_cache(batch, min(self.window, capacity), p.num_kv_heads, p.head_dim, dtype)
+        return empty_cache(self.projections, batch, min(self.window, capacity), dtype)
 
     def flops(self, batch: int, length: int) -> float:
         p = self.projections
         window = min(self.window, length)
-        return p.flops(batch * length) + 4.0 * batch * length * window * p.num_heads * p.head_dim
+        return p.flops(batch * length) + 2.0 * batch * length * window * p.num_heads * (p.head_dim + p.value_dim)

@@ -44,6 +44,11 @@ def whole(mixer, x, **context):
     return apply(mixer, x, positions(0, x.shape[1]), **context)
 
 
+def assert_near(got, want):
+    """Within the rounding of float32, which grows with the output of a mixer that does not normalise it."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1, np.abs(want).max()))
+
+
 def test_prefill_then_decode_is_the_parallel_forward(mixer, x):
     expected, none = whole(mixer, x)
     assert none is None
@@ -55,7 +60,7 @@ def test_prefill_then_decode_is_the_parallel_forward(mixer, x):
         y, state = apply(mixer, x[:, first:last], positions(first, last), state=state)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before
         pieces.append(y)
-    np.testing.assert_allclose(jnp.concatenate(pieces, 1), expected, atol=2e-5)
+    assert_near(jnp.concatenate(pieces, 1), expected)
 
 
 def test_is_causal_by_gradient(mixer, x):
@@ -70,7 +75,7 @@ def test_segments_do_not_see_one_another(mixer, x):
     restart = jnp.concatenate([positions(0, 9), positions(0, LENGTH - 9)], 1)
     packed, _ = apply(mixer, x, restart, ids)
     alone = [whole(mixer, part)[0] for part in (x[:, :9], x[:, 9:])]
-    np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=2e-5)
+    assert_near(packed, jnp.concatenate(alone, 1))
 
 
 def test_a_state_belongs_to_the_first_segment_and_ends_in_the_last(mixer, x):
@@ -83,7 +88,7 @@ def test_a_state_belongs_to_the_first_segment_and_ends_in_the_last(mixer, x):
     b, state = apply(mixer, x[:, 7:17], restart, ids, state)
     c, _ = apply(mixer, x[:, 17:], positions(6, 12), state=state)
     alone = jnp.concatenate([whole(mixer, first)[0], whole(mixer, last)[0]], 1)
-    np.testing.assert_allclose(jnp.concatenate([a, b, c], 1), alone, atol=2e-5)
+    assert_near(jnp.concatenate([a, b, c], 1), alone)
 
 
 def test_flops_grow_as_the_entry_says(mixer, x):

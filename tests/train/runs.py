@@ -64,10 +64,10 @@ def sealed(workdir: Path) -> list[Path]:
     return sorted((workdir / "checkpoints").glob("step_*/MANIFEST.json"))
 
 
-def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint by path, whatever the code that would train on."""
+def final_arrays(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by default the newest, by path, whatever the code that would train on."""
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.latest()
+        step = checkpoints.latest() if step is None else step
         assert step is not None
         header = json.loads((workdir / "checkpoints" / f"step_{step:08d}" / HEADER).read_text())
         like = {}
