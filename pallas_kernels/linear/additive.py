@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear import additive_tpu, gates, tiling
+from pallas_kernels.linear import additive_gpu, additive_tpu, gates, tiling
+from pallas_kernels.linear.additive_gpu import Blocks
 from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
 from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
+
+GPU = ("gpu", "interpret_gpu")
 
 
 def linear_attention(
@@ -33,7 +36,7 @@ def linear_attention(
     scale: float,
     platform: Platform,
     out_dtype: Any = None,
-    blocks: Tiling | None = None,
+    blocks: Tiling | Blocks | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B K H V"]]:
     """Outputs and the state after the last token.
 
@@ -42,30 +45,59 @@ def linear_attention(
       log_decay: float32, at most 0; one for each head, or one for each token and head.
       segment_ids: sequences packed one after another; the state before the first token belongs to the first of them.
       state: float32.
-      platform: "tpu", or "interpret" to run the TPU's kernel step by step anywhere.
+      platform: "tpu" or "gpu"; "interpret" and "interpret_gpu" run their kernels step by step anywhere.
       out_dtype: of the outputs; the query's by default.
       blocks: how the work is cut up; `None` chooses.
 
     Raises:
       NotImplementedError: what the kernel does not do, with the reason.
     """
-    check(query, key, value, log_decay, blocks=blocks)
+    check(query, key, value, log_decay, platform=platform, blocks=blocks)
     batch, length, _, width = query.shape
     heads, value_width = key.shape[2], value.shape[-1]
-    cut = blocks or tiling.choose(batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
-    log_decay = given_gates(log_decay, segment_ids, (batch, length, heads), cut)
+    per_token = (batch, length, heads)
+    cut: Any = blocks
+    if platform in GPU:
+        cut = blocks or additive_gpu.choose(query.dtype)
+        log_decay = given_gates(jnp.broadcast_to(log_decay, per_token), segment_ids)
+    else:
+        cut = blocks or tiling.choose(batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
+        log_decay = given_gates(log_decay, segment_ids, per_token=per_token, step=cut.forward.tokens)
     call = Call(scale, out_dtype or query.dtype, platform, cut)
     operands = alike(query, key, value, log_decay, state)
     return attend(call, *operands)
 
 
-def check(query: Any, key: Any, value: Any, log_decay: Any, *, blocks: Tiling | None = None) -> None:
+def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platform = "tpu", blocks: Any = None) -> None:
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
     if log_decay.ndim == 4:
         raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
-    tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
+    if platform in GPU:
+        additive_gpu.check(query.shape[-1], value.shape[-1], query.dtype)
+    else:
+        tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
+
+
+def _gpu_problem(call: Call, query: Array, key: Array, value: Array) -> additive_gpu.Problem:
+    batch, length, heads, width = query.shape
+    return additive_gpu.Problem(
+        batch=batch,
+        length=length,
+        heads=key.shape[2],
+        group=heads // key.shape[2],
+        width=width,
+        value_width=value.shape[-1],
+        scale=call.scale,
+        dtype=query.dtype,
+        blocks=call.tiling,
+        interpret=call.platform == "interpret_gpu",
+    )
+
+
+def _gpu_sums(p: additive_gpu.Problem, log_decay: Array) -> Array:
+    return gates.sums(log_decay, p.blocks.chunk, p.padded, 1, p.dtype)
 
 
 def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array) -> Problem:
@@ -87,6 +119,10 @@ def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Arra
 
 
 def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> Any:
+    if call.platform in GPU:
+        gpu = _gpu_problem(call, query, key, value)
+        sums = _gpu_sums(gpu, log_decay)
+        return additive_gpu.forward(gpu, query, key, value, sums, state, out_dtype=call.out_dtype), state
     p = _problem(call, query, key, value, log_decay)
     out, end, starts = additive_tpu.forward(
         p, flat(query), flat(key), flat(value), gate_arrays(p, log_decay), state, keep=keep, out_dtype=call.out_dtype
@@ -110,19 +146,26 @@ def attend_forward(call: Call, *operands: Any) -> Any:
 def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     query, key, value, log_decay, starts, wanted = residuals
     out_gradient, end_gradient = zeros_for_symbols(cotangents)
-    p = _problem(call, query, key, value, log_decay)
-    dq, dk, dv, dstate, sums = additive_tpu.backward(
-        p,
-        flat(query),
-        flat(key),
-        flat(value),
-        gate_arrays(p, log_decay),
-        starts,
-        flat(out_gradient).astype(query.dtype),
-        end_gradient,
-        with_gates=wanted is not None,
-    )
-    if sums is None:
+    out_gradient = out_gradient.astype(query.dtype)
+    sums: Array | None
+    if call.platform in GPU:
+        gpu = _gpu_problem(call, query, key, value)
+        given = (_gpu_sums(gpu, log_decay), starts, out_gradient, end_gradient)
+        dq, dk, dv, dstate, sums = additive_gpu.backward(gpu, query, key, value, *given)
+    else:
+        p = _problem(call, query, key, value, log_decay)
+        dq, dk, dv, dstate, sums = additive_tpu.backward(
+            p,
+            flat(query),
+            flat(key),
+            flat(value),
+            gate_arrays(p, log_decay),
+            starts,
+            flat(out_gradient),
+            end_gradient,
+            with_gates=wanted is not None,
+        )
+    if sums is None or wanted is None:
         dgates = jnp.zeros_like(log_decay)
     else:
         per_token = jnp.broadcast_to(log_decay, (*key.shape[:3],))

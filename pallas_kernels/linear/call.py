@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.linear import gates
-from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
 
-Platform = Literal["tpu", "interpret"]
+Platform = Literal["tpu", "gpu", "interpret", "interpret_gpu"]
 
 
 class Call(NamedTuple):
@@ -21,7 +20,7 @@ class Call(NamedTuple):
     scale: float
     out_dtype: Any
     platform: Platform
-    tiling: Tiling
+    tiling: Any  # a `Tiling`, or on GPU its `Blocks`
 
 
 def alike(*operands: Array) -> list[Array]:
@@ -36,13 +35,21 @@ def alike(*operands: Array) -> list[Array]:
 
 
 def given_gates(
-    log_decay: Array, segment_ids: Int[Array, "B T"] | None, per_token: tuple[int, int, int], blocks: Tiling
+    log_decay: Array,
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    per_token: tuple[int, int, int] | None = None,
+    step: int = 1,
 ) -> Array:
-    """Gates with segments put into them: one for each head, or one for each token and head."""
+    """Gates with segments put into them: one for each head, or one for each token and head.
+
+    Args:
+      per_token: the shape of the latter.
+      step: tokens of a grid step. Tables of constant gates know nothing of where the tokens end.
+    """
     if segment_ids is not None:
         return gates.separate(log_decay, segment_ids)
-    if log_decay.ndim == 1 and per_token[1] % blocks.forward.tokens:
-        # Tables know nothing of where the tokens end.
+    if per_token is not None and log_decay.ndim == 1 and per_token[1] % step:
         return jnp.broadcast_to(log_decay, per_token)
     return log_decay
 

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
-from pallas_kernels.linear import Call, additive, delta
+from pallas_kernels.linear import Call, additive, additive_gpu, delta
 from pallas_kernels.linear.tiling import choose
 
 BATCH, LENGTH, HEADS, WIDTH = 1, 8192, 8, 128
+GPU_BATCH, GPU_HEADS = 2, 16
 
 
 def cases(target: str) -> dict[str, Case]:
     """Forward and backward, for gates of each head and of each token; the roofline reads and writes each array once."""
     if target == "h100":
-        return {}
+        return _gpu()
     gates = {"constant": (HEADS,), "scalar": (BATCH, LENGTH, HEADS)}
     found: dict[str, Case] = {}
     for name, shape in gates.items():
@@ -49,3 +50,32 @@ def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...], *, solves:
         f"{name}-forward": Case(functools.partial(entry.attend, call), (*operands, state), 4 * once),
         f"{name}-backward": Case(backward, ((token, state), *operands, starts), 7 * once),
     }
+
+
+def _gpu() -> dict[str, Case]:
+    """A size with which flash-linear-attention is measured, and one with masks on every side, in float32."""
+    found: dict[str, Case] = {}
+    sizes = {
+        "scalar": (GPU_BATCH, LENGTH, GPU_HEADS, GPU_HEADS, WIDTH, WIDTH, jnp.bfloat16),
+        "ragged": (2, 1000, 4, 2, 80, 48, jnp.float32),
+    }
+    for name, (batch, length, heads, kv_heads, width, value_width, dtype) in sizes.items():
+        call = Call(1.0, dtype, "gpu", additive_gpu.choose(dtype))
+        query = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
+        out = jax.ShapeDtypeStruct((batch, length, heads, value_width), dtype)
+        key = jax.ShapeDtypeStruct((batch, length, kv_heads, width), dtype)
+        value = jax.ShapeDtypeStruct((batch, length, kv_heads, value_width), dtype)
+        gates = jax.ShapeDtypeStruct((batch, length, kv_heads), jnp.float32)
+        state = jax.ShapeDtypeStruct((batch, kv_heads, width, value_width), jnp.float32)
+
+        def backward(cotangents: Any, *residuals: Any, call: Call = call) -> Any:
+            return additive.attend_backward(call, (*residuals, ()), cotangents)
+
+        once, twice = (x.size * x.dtype.itemsize for x in (key, query))
+        values, outs = (x.size * x.dtype.itemsize for x in (value, out))
+        operands = (query, key, value, gates, state)
+        found[f"{name}-forward"] = Case(
+            functools.partial(additive.attend, call), operands, once + twice + values + outs
+        )
+        found[f"{name}-backward"] = Case(backward, ((out, state), *operands), 2 * (once + twice + values) + outs)
+    return found

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from jattn.linear.recurrence import token_scan
-from pallas_kernels.linear import gates, linear_attention, tiling
+from pallas_kernels.linear import additive_gpu, gates, linear_attention, tiling
+from pallas_kernels.linear.additive_gpu import Blocks
 from pallas_kernels.linear.tiling import Tiling
 
 SMALL = Tiling(chunk=16, chunks=2, heads=1, lag=1, times=2)
+ON_GPU = Blocks(chunk=16, tile=8, value_tile=8)
+
+each_kernel = pytest.mark.parametrize("blocks", [SMALL, ON_GPU], ids=["tpu", "gpu"])
 
 
 def operands(batch, length, heads, kv_heads, width, value_width, *, constant, dtype=jnp.float32, decay=1.0):
@@ -28,11 +32,12 @@ def operands(batch, length, heads, kv_heads, width, value_width, *, constant, dt
 
 
 def both(arguments, cotangents, segment_ids=None, blocks=None):
-    """Outputs and gradients of the kernel and of the definition."""
+    """Outputs and gradients of the kernel that `blocks` belong to, and of the definition."""
+    platform = "interpret_gpu" if isinstance(blocks, Blocks) else "interpret"
 
     def fused(query, key, value, gate, state):
         return linear_attention(
-            query, key, value, gate, segment_ids, state, scale=0.7, platform="interpret", blocks=blocks
+            query, key, value, gate, segment_ids, state, scale=0.7, platform=platform, blocks=blocks
         )
 
     def definition(query, key, value, gate, state):
@@ -56,17 +61,18 @@ def assert_near(pairs, ratio):
         assert error < ratio, f"{name}: {error:.2g}"
 
 
+@each_kernel
 @pytest.mark.parametrize(
     ("sizes", "constant"),
-    [((2, 61, 2, 2, 7, 11), False), ((1, 61, 2, 2, 7, 11), True), ((1, 128, 2, 2, 7, 11), True)],
+    [((2, 61, 2, 2, 7, 11), False), ((1, 61, 2, 2, 7, 11), True), ((1, 128, 2, 2, 8, 16), True)],
     ids=["gates of tokens", "gates of heads, ragged", "tables"],
 )
-def test_values_and_gradients(sizes, constant):
-    assert_near(both(*operands(*sizes, constant=constant), blocks=SMALL), 1e-5)
+def test_values_and_gradients(sizes, constant, blocks):
+    assert_near(both(*operands(*sizes, constant=constant), blocks=blocks), 1e-5)
 
 
-def test_grouped_heads():
-    blocks = dataclasses.replace(SMALL, heads=2, lag=3)
+@pytest.mark.parametrize("blocks", [dataclasses.replace(SMALL, heads=2, lag=3), ON_GPU], ids=["tpu", "gpu"])
+def test_grouped_heads(blocks):
     assert_near(both(*operands(1, 37, 6, 2, 5, 3, constant=False), blocks=blocks), 1e-5)
 
 
@@ -74,30 +80,34 @@ def test_the_cut_that_is_chosen():
     assert_near(both(*operands(2, 131, 3, 3, 5, 7, constant=False)), 1e-5)
 
 
+@each_kernel
 @pytest.mark.parametrize("constant", [True, False])
-def test_segments(constant):
+def test_segments(constant, blocks):
     ids = jnp.asarray(np.repeat([0, 1, 2, 7], [5, 29, 1, 26])[None])
-    assert_near(both(*operands(1, 61, 2, 2, 7, 11, constant=constant), ids, SMALL), 1e-5)
+    assert_near(both(*operands(1, 61, 2, 2, 7, 11, constant=constant), ids, blocks), 1e-5)
 
 
-def test_strong_gates():
+@each_kernel
+def test_strong_gates(blocks):
     """Gates of -20 among gates of nearly 0: sums in float32 would lose the small ones."""
     arguments, cotangents = operands(1, 61, 2, 2, 7, 11, constant=False)
     strong = jax.random.bernoulli(jax.random.key(1), 0.5, arguments[3].shape)
     gate = jnp.where(strong, -20.0, arguments[3] * 1e-2)
-    assert_near(both((*arguments[:3], gate, arguments[4]), cotangents, blocks=SMALL), 1e-5)
+    assert_near(both((*arguments[:3], gate, arguments[4]), cotangents, blocks=blocks), 1e-5)
 
 
-def test_a_gate_that_forgets_everything():
+@each_kernel
+def test_a_gate_that_forgets_everything(blocks):
     arguments, cotangents = operands(1, 37, 1, 1, 5, 3, constant=False)
     gate = arguments[3].at[:, 11].set(-1e4)
-    pairs = both((*arguments[:3], gate, arguments[4]), cotangents, blocks=SMALL)
+    pairs = both((*arguments[:3], gate, arguments[4]), cotangents, blocks=blocks)
     assert_near(pairs, 1e-5)
     assert pairs["gate"][0][0, 11, 0] == 0
 
 
-def test_bfloat16():
-    pairs = both(*operands(1, 61, 2, 2, 7, 11, constant=False, dtype=jnp.bfloat16), blocks=SMALL)
+@each_kernel
+def test_bfloat16(blocks):
+    pairs = both(*operands(1, 61, 2, 2, 7, 11, constant=False, dtype=jnp.bfloat16), blocks=blocks)
     assert pairs["out"][0].dtype == pairs["query"][0].dtype == jnp.bfloat16
     assert pairs["state"][0].dtype == jnp.float32
     assert_near({name: pair for name, pair in pairs.items() if name != "gate"}, 5e-3)
@@ -124,6 +134,8 @@ def test_what_the_kernel_does_not_do():
         linear_attention(*arguments[:3], per_channel, None, arguments[4], scale=1.0, platform="interpret")
     with pytest.raises(NotImplementedError, match="state of 4096 x 4096 does not fit"):
         tiling.check(4096, 4096, jnp.bfloat16, None)
+    with pytest.raises(NotImplementedError, match="at most 128 channels in float32, not 256 and 3"):
+        additive_gpu.check(256, 3, jnp.dtype(jnp.float32))
     with pytest.raises(ValueError, match=r"blocks.chunk: expected a power of two from 8, got 24"):
         tiling.check(8, 8, jnp.bfloat16, dataclasses.replace(SMALL, chunk=24))
 
