@@ -32,4 +32,4 @@ def test_kernels_for_h100_use_its_matrix_units_and_spill_nothing(tmp_path):
     assert len(kernels) == 5
     for kernel in kernels:
         assert kernel["wgmma"] > 0, kernel
-        assert kernel["mma_sync"] == kernel["spill_bytes"] == 0, kernel
+        assert kernel["mma_sync"] == kernel["spill_store_bytes"] == 0, kernel
