@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear import additive_gpu, additive_tpu, gates, tiling
+from pallas_kernels.linear import additive_gpu, additive_tpu, channel_tpu, gates, tiling
 from pallas_kernels.linear.additive_gpu import Blocks
 from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
 from pallas_kernels.linear.tiling import Tiling
@@ -29,7 +29,7 @@ def linear_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K V"],
-    log_decay: Float[Array, " K"] | Float[Array, "B T K"],
+    log_decay: Float[Array, " K"] | Float[Array, "B T K"] | Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None,
     state: Float[Array, "B K H V"],
     *,
@@ -42,7 +42,7 @@ def linear_attention(
 
     Args:
       query, key, value: bfloat16 or float32; query head n reads key head `n // (N // K)`.
-      log_decay: float32, at most 0; one for each head, or one for each token and head.
+      log_decay: float32, at most 0; one for each head, for each token and head, or (on TPU) for each channel of those.
       segment_ids: sequences packed one after another; the state before the first token belongs to the first of them.
       state: float32.
       platform: "tpu" or "gpu"; "interpret" and "interpret_gpu" run their kernels step by step anywhere.
@@ -61,7 +61,8 @@ def linear_attention(
         cut = blocks or additive_gpu.choose(query.dtype)
         log_decay = given_gates(jnp.broadcast_to(log_decay, per_token), segment_ids)
     else:
-        cut = blocks or tiling.choose(batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
+        sizes = (batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
+        cut = blocks or tiling.choose(*sizes, large=log_decay.ndim == 4)
         log_decay = given_gates(log_decay, segment_ids, per_token=per_token, step=cut.forward.tokens)
     call = Call(scale, out_dtype or query.dtype, platform, cut)
     operands = alike(query, key, value, log_decay, state)
@@ -72,9 +73,9 @@ def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platfor
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
-    if log_decay.ndim == 4:
-        raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
     if platform in GPU:
+        if log_decay.ndim == 4:
+            raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
         additive_gpu.check(query.shape[-1], value.shape[-1], query.dtype)
     else:
         tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
@@ -124,9 +125,12 @@ def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_dec
         sums = _gpu_sums(gpu, log_decay)
         return additive_gpu.forward(gpu, query, key, value, sums, state, out_dtype=call.out_dtype), state
     p = _problem(call, query, key, value, log_decay)
-    out, end, starts = additive_tpu.forward(
-        p, flat(query), flat(key), flat(value), gate_arrays(p, log_decay), state, keep=keep, out_dtype=call.out_dtype
-    )
+    options: dict[str, Any] = {"keep": keep, "out_dtype": call.out_dtype}
+    heads = (flat(query), flat(key), flat(value))
+    if log_decay.ndim == 4:
+        out, end, starts = channel_tpu.forward(p, *heads, flat(log_decay), state, **options)
+    else:
+        out, end, starts = additive_tpu.forward(p, *heads, gate_arrays(p, log_decay), state, **options)
     return (out.reshape(*query.shape[:3], -1), end), starts
 
 
@@ -150,8 +154,14 @@ def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> 
     sums: Array | None
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
-        given = (_gpu_sums(gpu, log_decay), starts, out_gradient, end_gradient)
-        dq, dk, dv, dstate, sums = additive_gpu.backward(gpu, query, key, value, *given)
+        gates_and_ends = (_gpu_sums(gpu, log_decay), starts, out_gradient, end_gradient)
+        dq, dk, dv, dstate, sums = additive_gpu.backward(gpu, query, key, value, *gates_and_ends)
+    elif log_decay.ndim == 4:
+        p = _problem(call, query, key, value, log_decay)
+        operands = (flat(query), flat(key), flat(value), flat(log_decay), starts, flat(out_gradient), end_gradient)
+        dq, dk, dv, dstate, db = channel_tpu.backward(p, *operands)
+        dgates = gates.of_channel_sums(db.reshape(log_decay.shape), log_decay, p.tiling.chunk)
+        return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dgates, dstate
     else:
         p = _problem(call, query, key, value, log_decay)
         dq, dk, dv, dstate, sums = additive_tpu.backward(

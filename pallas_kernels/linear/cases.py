@@ -18,25 +18,26 @@ GPU_BATCH, GPU_HEADS = 2, 16
 
 
 def cases(target: str) -> dict[str, Case]:
-    """Forward and backward, for gates of each head and of each token; the roofline reads and writes each array once."""
+    """Forward and backward, for all gates; the roofline reads q, k, v and writes o once, whatever the gates."""
     if target == "h100":
         return _gpu()
-    gates = {"constant": (HEADS,), "scalar": (BATCH, LENGTH, HEADS)}
+    gates = {"constant": (HEADS,), "scalar": (BATCH, LENGTH, HEADS), "channel": (BATCH, LENGTH, HEADS, WIDTH)}
     found: dict[str, Case] = {}
     for name, shape in gates.items():
         found |= _pair(target, name, additive, shape)
-    return found | _pair(target, "delta", delta, gates["scalar"], solves=True)
+    return found | _pair(target, "delta", delta, gates["scalar"])
 
 
-def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...], *, solves: bool = False) -> dict[str, Case]:
-    cores = CHIPS[target].cores
-    blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, solves=solves, cores=cores)
+def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...]) -> dict[str, Case]:
+    cores, is_delta = CHIPS[target].cores, entry is delta
+    large = is_delta or len(gates) == 4
+    blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, large=large, cores=cores)
     call = Call(1.0, jnp.bfloat16, "tpu", blocks)
     token = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((BATCH, HEADS, WIDTH, WIDTH), jnp.float32)
     starts = jax.ShapeDtypeStruct((BATCH, LENGTH // blocks.tokens, *state.shape[1:]), jnp.float32)
     operands = [token, token, token]
-    if solves:
+    if is_delta:
         operands.append(jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS), jnp.float32))
     operands.append(jax.ShapeDtypeStruct(gates, jnp.float32))
     # The slopes of a Lightning layer are not trained, gates of tokens are.

@@ -56,7 +56,7 @@ def delta_rule(
     states, value_width = value.shape[2:]
     shared = states // key.shape[2]
     sizes = (batch, length, states, max(heads // states, 1), width, value_width, query.dtype)
-    cut = blocks or tiling.choose(*sizes, shared=shared, solves=True)
+    cut = blocks or tiling.choose(*sizes, shared=shared, large=True)
     log_decay = given_gates(log_decay, segment_ids, per_token=(batch, length, states), step=cut.forward.tokens)
     call = Call(scale, out_dtype or query.dtype, platform, cut)
     return attend(call, *alike(query, key, value, beta, log_decay, state))

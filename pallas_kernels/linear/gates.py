@@ -37,6 +37,14 @@ def parts(dtype: Any) -> int:
     return 2 if dtype == jnp.float32 else 1
 
 
+def split(gate: Array, dtype: Any) -> list[Array]:
+    """What is summed for each of the parts of b."""
+    if parts(dtype) == 1:
+        return [gate * math.log2(math.e)]
+    coarse = jnp.round(gate * (1 / STEP)) * STEP
+    return [coarse, gate - coarse]
+
+
 def exponential(dtype: Any) -> Callable[[Array], Array]:
     """exp of differences of `sums`. Chips have powers of 2, but the factor between logarithms spoils exact sums."""
     return jnp.exp if parts(dtype) == 2 else jnp.exp2
@@ -49,9 +57,9 @@ def sums(
     batch, length, heads = log_decay.shape
     gate = jnp.pad(jnp.maximum(log_decay, FORGET), ((0, 0), (0, padded - length), (0, 0)))
     gate = jnp.moveaxis(gate, 1, 2).reshape(batch, heads, padded // chunk, chunk)
-    coarse = jnp.round(gate * (1 / STEP)) * STEP
-    cut = [coarse, gate - coarse] if parts(dtype) == 2 else [gate * math.log2(math.e)]
-    return jnp.stack([jnp.cumsum(part, axis=-1) for part in cut], axis=2).reshape(batch, heads // together, -1, padded)
+    return jnp.stack([jnp.cumsum(part, axis=-1) for part in split(gate, dtype)], axis=2).reshape(
+        batch, heads // together, -1, padded
+    )
 
 
 def of_sums(
@@ -62,6 +70,17 @@ def of_sums(
     by_chunk = gradient.reshape(batch, heads, padded // chunk, chunk)
     summed = jax.lax.cumsum(by_chunk, axis=3, reverse=True).reshape(batch, heads, padded)
     summed = jnp.moveaxis(summed[..., : log_decay.shape[1]], 1, 2)
+    return jnp.where(log_decay > FORGET, summed, 0)
+
+
+def of_channel_sums(
+    gradient: Float[Array, "B T K H"], log_decay: Float[Array, "B T K H"], chunk: int
+) -> Float[Array, "B T K H"]:
+    """The gradient of the gates of channels from that of their sums b_r."""
+    batch, length = gradient.shape[:2]
+    padded = jnp.pad(gradient, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
+    by_chunk = padded.reshape(batch, -1, chunk, *gradient.shape[2:])
+    summed = jax.lax.cumsum(by_chunk, axis=2, reverse=True).reshape(padded.shape)[:, :length]
     return jnp.where(log_decay > FORGET, summed, 0)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear.walk import dot, iota
+from pallas_kernels.linear.walk import dot, every_second, iota, with_gaps
 
 ELIMINATED = 16
 SUBLANES = 8
@@ -31,26 +31,15 @@ def unit_lower_inverses(lowers: Sequence[jax.Array], dtype: Any) -> list[jax.Arr
     inverses = _solved_blocks(lowers, size)
     while size < chunk:
         # Only rows of B change: every other strip of `size` rows.
-        row, column = (_every_second(iota((chunk, chunk), axis), size) // size for axis in (0, 1))
+        row, column = (every_second(iota((chunk, chunk), axis), size) // size for axis in (0, 1))
         joins = row == column + 1
         known = [inverse.astype(dtype) for inverse in inverses]
-        links = [jnp.where(joins, _every_second(lower, size), 0).astype(dtype) for lower in lowers]
+        links = [jnp.where(joins, every_second(lower, size), 0).astype(dtype) for lower in lowers]
         between = [dot(link, inverse).astype(dtype) for link, inverse in zip(links, known, strict=True)]
-        changes = [dot(_every_second(k, size), _with_gaps(b, size)) for k, b in zip(known, between, strict=True)]
-        inverses = [x - _with_gaps(change, size) for x, change in zip(inverses, changes, strict=True)]
+        changes = [dot(every_second(k, size), with_gaps(b, size)) for k, b in zip(known, between, strict=True)]
+        inverses = [x - with_gaps(change, size) for x, change in zip(inverses, changes, strict=True)]
         size *= 2
     return inverses
-
-
-def _every_second(x: jax.Array, size: int) -> jax.Array:
-    """The second of every two strips of `size` rows."""
-    return jnp.concatenate([x[i : i + size] for i in range(size, x.shape[0], 2 * size)], axis=0)
-
-
-def _with_gaps(x: jax.Array, size: int) -> jax.Array:
-    """Strips of `size` rows with as many zeros before each."""
-    gap = jnp.zeros((size, x.shape[1]), x.dtype)
-    return jnp.concatenate([y for i in range(0, x.shape[0], size) for y in (gap, x[i : i + size])], axis=0)
 
 
 def _solved_blocks(lowers: Sequence[jax.Array], size: int) -> list[jax.Array]:

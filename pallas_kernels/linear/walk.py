@@ -146,6 +146,18 @@ def interleaved(units: Sequence[Any], lag: int, begin: Callable[[Any], Any]) -> 
         yield unit, begun.pop(unit)
 
 
+def every_second(x: jax.Array, size: int, *, first: int = 1) -> jax.Array:
+    """The second of every two strips of `size` rows, or with `first=0` the first."""
+    return jnp.concatenate([x[i : i + size] for i in range(first * size, x.shape[0], 2 * size)], axis=0)
+
+
+def with_gaps(x: jax.Array, size: int, *, first: int = 1) -> jax.Array:
+    """Strips of `size` rows where `every_second` took them, zeros between."""
+    gap = jnp.zeros((size, x.shape[1]), x.dtype)
+    strips = [x[i : i + size] for i in range(0, x.shape[0], size)]
+    return jnp.concatenate([y for strip in strips for y in ((gap, strip) if first else (strip, gap))], axis=0)
+
+
 def lockstep(streams: Iterable[Iterator[None]]) -> None:
     """Runs generators side by side, each to its next `yield`: what waits in one is hidden behind the others."""
     running = list(streams)

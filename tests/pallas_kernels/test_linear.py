@@ -18,13 +18,15 @@ ON_GPU = Blocks(chunk=16, tile=8, value_tile=8)
 each_kernel = pytest.mark.parametrize("blocks", [SMALL, ON_GPU], ids=["tpu", "gpu"])
 
 
-def operands(batch, length, heads, kv_heads, width, value_width, *, constant, dtype=jnp.float32, decay=1.0):
+def operands(
+    batch, length, heads, kv_heads, width, value_width, *, constant=False, channel=False, dtype=jnp.float32, decay=1.0
+):
     keys = jax.random.split(jax.random.key(0), 7)
     normal = jax.random.normal
     query = normal(keys[0], (batch, length, heads, width)).astype(dtype)
     key = normal(keys[1], (batch, length, kv_heads, width)).astype(dtype)
     value = normal(keys[2], (batch, length, kv_heads, value_width)).astype(dtype)
-    shape = (kv_heads,) if constant else (batch, length, kv_heads)
+    shape = (kv_heads,) if constant else (batch, length, kv_heads, width) if channel else (batch, length, kv_heads)
     gate = -decay * jax.random.uniform(keys[3], shape)
     state = normal(keys[4], (batch, kv_heads, width, value_width))
     cotangents = normal(keys[5], (batch, length, heads, value_width)).astype(dtype), normal(keys[6], state.shape)
@@ -87,6 +89,30 @@ def test_segments(constant, blocks):
     assert_near(both(*operands(1, 61, 2, 2, 7, 11, constant=constant), ids, blocks), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "blocks"),
+    [
+        ((2, 61, 2, 2, 7, 11), SMALL),
+        ((1, 64, 4, 2, 8, 16), dataclasses.replace(SMALL, heads=2)),
+        ((1, 150, 2, 2, 8, 8), None),
+    ],
+    ids=["ragged", "grouped", "chosen"],
+)
+def test_gates_of_channels(sizes, blocks):
+    assert_near(both(*operands(*sizes, channel=True), blocks=blocks), 1e-5)
+
+
+def test_gates_of_channels_in_segments_and_strong():
+    ids = jnp.asarray(np.repeat([0, 1, 2, 7], [5, 29, 1, 26])[None])
+    assert_near(both(*operands(1, 61, 2, 2, 7, 11, channel=True, decay=20.0), ids, SMALL), 1e-5)
+
+
+def test_gates_of_channels_with_bfloat16():
+    pairs = both(*operands(1, 61, 2, 2, 16, 11, channel=True, dtype=jnp.bfloat16), blocks=SMALL)
+    assert_near({name: pair for name, pair in pairs.items() if name != "gate"}, 5e-3)
+    assert_near({"gate": pairs["gate"]}, 1e-2)
+
+
 @each_kernel
 def test_strong_gates(blocks):
     """Gates of -20 among gates of nearly 0: sums in float32 would lose the small ones."""
@@ -131,7 +157,7 @@ def test_what_the_kernel_does_not_do():
     arguments, _ = operands(1, 16, 1, 1, 5, 3, constant=True)
     per_channel = jnp.zeros((1, 16, 1, 5))
     with pytest.raises(NotImplementedError, match="not for each channel"):
-        linear_attention(*arguments[:3], per_channel, None, arguments[4], scale=1.0, platform="interpret")
+        linear_attention(*arguments[:3], per_channel, None, arguments[4], scale=1.0, platform="interpret_gpu")
     with pytest.raises(NotImplementedError, match="state of 4096 x 4096 does not fit"):
         tiling.check(4096, 4096, jnp.bfloat16, None)
     with pytest.raises(NotImplementedError, match="at most 128 channels in float32, not 256 and 3"):
