@@ -1,6 +1,7 @@
-"""The catalog: an `Entry` for every variant the library has, in two static tuples.
+"""The catalog: an `Entry` for every variant the library has, in three static tuples.
 
-`CATALOG` has what takes queries, keys and values, `RECURRENCES` the token mixers that do not.
+`CATALOG` has what takes queries, keys and values, `WEIGHTED` what cannot do without weights of its own beside these,
+`RECURRENCES` the token mixers that take neither.
 
 The layer registry, the language model's `pattern`, the property tests, the documentation table and the comparison
 harness all read it. Nothing here imports an op: entries name them, and names load on first use.
@@ -56,7 +57,7 @@ class Entry:
 
     def load_layer(self) -> Callable[..., Any]:
         if self.layer is None:
-            mixers = ", ".join(entry.name for entry in (*CATALOG, *RECURRENCES) if entry.layer)
+            mixers = ", ".join(entry.name for entry in EVERYTHING if entry.layer)
             raise ValueError(f"{self.name}: is an op without a layer; the mixers are {mixers}")
         return load(self.layer)
 
@@ -223,6 +224,23 @@ CATALOG: tuple[Entry, ...] = (
     ),
 )
 
+WEIGHTED: tuple[Entry, ...] = (
+    Entry(
+        name="sea",
+        op="jattn.linear.sea:sea_attention",
+        layer="jattn.nn.sea:SEAMixer",
+        step="jattn.linear.sea_decode:sea_step",
+        summary="softmax attention over the k keys that a linear-cost estimate of it singles out",
+        paper="Lee et al. 2024, section 3",
+        cost="T (C (F + H + V) + F (H + V) + N L + k (H + V))",
+        causality="may",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments"}),
+        example=MappingProxyType({"k_budget": 3}),
+        golden="sea",
+    ),
+)
+"""Ops with an argument `params`; costs have N heads, L cells and k keys."""
+
 RECURRENCES: tuple[Entry, ...] = (
     Entry(
         name="s6",
@@ -294,14 +312,15 @@ RECURRENCES: tuple[Entry, ...] = (
 )
 """Mixers whose op takes no queries, keys and values; costs are per channel of n states."""
 
+EVERYTHING: tuple[Entry, ...] = (*CATALOG, *WEIGHTED, *RECURRENCES)
+
 
 def get(name: str) -> Entry:
     """The entry called `name`; an unknown name raises `ValueError` with the nearest ones."""
-    entries = (*CATALOG, *RECURRENCES)
-    for entry in entries:
+    for entry in EVERYTHING:
         if entry.name == name:
             return entry
-    names = [entry.name for entry in entries]
+    names = [entry.name for entry in EVERYTHING]
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"no attention variant is called {name!r}{hint} The catalog has {', '.join(names)}")

@@ -22,10 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 from jattn import catalog
 from jattn.linear.recurrence import LinearState
+from jattn.linear.sea_params import init_sea_params
 
 B, T, N, K, H, V, F = 2, 13, 6, 3, 5, 7, 11
 # Entries that share an op differ in their layers only.
-OPS = tuple({entry.op: entry for entry in reversed(catalog.CATALOG)}.values())[::-1]
+OPS = tuple({entry.op: entry for entry in reversed((*catalog.CATALOG, *catalog.WEIGHTED))}.values())[::-1]
 CASES = [(entry, implementation) for entry in OPS for implementation in ("reference", "xla")]
 every_case = pytest.mark.parametrize(("entry", "implementation"), CASES, ids=[f"{e.name}-{i}" for e, i in CASES])
 # Most of the time here is LLVM's; what it would optimise away is not what is tested.
@@ -58,6 +59,19 @@ def state_of(entry: catalog.Entry, kv_heads: int, value_dim: int, rng: Any) -> L
     return LinearState(rng.standard_normal((B, kv_heads, 2 * F, value_dim)), rng.uniform(0.1, 1, (B, kv_heads, 2 * F)))
 
 
+def weights_of(value_dim: int, length: int, seed: int) -> Any:
+    """The weights of an op that cannot do without, moved from where they start, for that is a point of many ties."""
+    sizes = {"num_heads": N, "head_dim": H, "value_dim": value_dim, "predictor_length": 8, "max_length": length}
+    params = init_sea_params(jax.random.key(seed), **sizes)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape), params)
+
+
+def has_axes(leaf: Any, *sizes: int) -> bool:
+    """Whether an argument is an array that begins with these axes; a tree of weights does not."""
+    return isinstance(leaf, jax.Array) and leaf.shape[: len(sizes)] == sizes
+
+
 def arguments(
     entry: catalog.Entry,
     dtype: Any = np.float32,
@@ -88,6 +102,7 @@ def arguments(
         "key_weight": lambda: normal((kv_heads, H, F)),
         "query_bias": lambda: normal((N, F)),
         "key_bias": lambda: normal((kv_heads, F)),
+        "params": lambda: weights_of(value_dim, length, seed),
     }
     if every:
         makers["bias"] = lambda: normal((batch, N, length, length))
@@ -243,7 +258,7 @@ def test_implementations_agree(entry):
 def test_examples_of_a_batch_do_not_meet(entry, implementation):
     run, x = plain(entry.name, implementation), arguments(entry)
     want = run(x)
-    spoilt = {name: leaf.at[1].set(jnp.nan) if leaf.shape[0] == B else leaf for name, leaf in x.items()}
+    spoilt = {name: leaf.at[1].set(jnp.nan) if has_axes(leaf, B) else leaf for name, leaf in x.items()}
     got = run(spoilt)
     assert_same_bits(got[0], want[0])
     assert np.isnan(got[1]).all()
@@ -271,14 +286,14 @@ def test_segments_are_separate_runs(entry, implementation):
     run = quick_jit(call(entry, implementation, segment_ids=SEGMENTS))
     whole = run(x)
     for start, stop in ((0, 5), (5, 6), (6, T)):
-        piece = {name: leaf[:, start:stop] if leaf.shape[:2] == (B, T) else leaf for name, leaf in x.items()}
+        piece = {name: leaf[:, start:stop] if has_axes(leaf, B, T) else leaf for name, leaf in x.items()}
         second = whole[1, start:stop]
         alone = plain(entry.name, implementation)(piece)
         assert_close(second, alone[1], 2e-6)
         if stop == T:
             assert_close(whole[0, start:], alone[0], 2e-6)
     # Garbage in one segment reaches no other.
-    spoilt = {name: leaf.at[:, 6:].set(-77.0) if leaf.shape[:2] == (B, T) else leaf for name, leaf in x.items()}
+    spoilt = {name: leaf.at[:, 6:].set(-77.0) if has_axes(leaf, B, T) else leaf for name, leaf in x.items()}
     assert_same_bits(run(spoilt)[:, :6], whole[:, :6])
 
 
@@ -344,7 +359,8 @@ def test_a_scale_of_zero_is_legal(entry, implementation):
 def test_inside_checkpoint_and_scan(entry, implementation):
     op = call(entry, implementation)
     layers = arguments(entry)
-    layers = {name: jnp.stack([leaf, 0.5 * leaf]) for name, leaf in layers.items() if name != "query"}
+    del layers["query"]
+    layers = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), layers)
     query = arguments(entry)["query"]
 
     def layer(query: Any, x: Any) -> Any:
@@ -364,7 +380,7 @@ def test_inside_checkpoint_and_scan(entry, implementation):
 
 
 def placement(x: dict[str, Any]) -> dict[str, P]:
-    return {name: P("data") if leaf.shape[0] == B else P() for name, leaf in x.items()}
+    return {name: P("data") if has_axes(leaf, B) else P() for name, leaf in x.items()}
 
 
 @every_case

@@ -60,6 +60,7 @@ RULES: tuple[Rule, ...] = (
     (r".*/mixer/out_proj/bias", (None,)),
     # Small, and read by heads, which may be fewer than the devices of an axis.
     (r".*/mixer/(query|key)_map", (None, None, None)),
+    (r".*/mixer/estimator/(positions|(cnn/)?(encoder|rows|gates|first|second|last)/(kernel|bias))", ()),
     (r".*/mlp/(gate|up)/kernel", ("fsdp", "tensor")),
     (r".*/mlp/down/kernel", ("tensor", "fsdp")),
     (r"(.*/)?\w*norm/(scale|bias)", (None,)),

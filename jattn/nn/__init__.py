@@ -10,6 +10,7 @@ from jattn.nn.hedgehog import HedgehogMixer, convert_attention
 from jattn.nn.linear import LightningMixer, LinearMixer
 from jattn.nn.mixer import Mixer
 from jattn.nn.mlp import MLP, SwiGLU
+from jattn.nn.sea import SEAMixer, convert_to_sea
 from jattn.nn.short_conv import ShortConvolution
 from jattn.nn.softmax import SlidingWindowMixer, SoftmaxMixer
 
@@ -33,6 +34,7 @@ __all__ = [
     "RetNetMixer",
     "ReversedQLSTMMixer",
     "S6Mixer",
+    "SEAMixer",
     "SSDMixer",
     "ShortConvolution",
     "SimpleGLAMixer",
@@ -42,4 +44,5 @@ __all__ = [
     "SwiGLU",
     "chunked_cross_entropy",
     "convert_attention",
+    "convert_to_sea",
 ]
