@@ -299,7 +299,7 @@ BAD = [
     ({"chunk_size": 24}, ValueError, "chunk_size: expected a power of two"),
     ({"scale": "1"}, TypeError, "scale: expected a Python number"),
     ({"reverse": 1}, TypeError, "reverse: expected a static True or False"),
-    ({"implementation": "pallas_tpu"}, NotImplementedError, "has no such implementation, it has xla, reference"),
+    ({"implementation": "pallas_tpu"}, NotImplementedError, "delta_rule runs on tpu, and this is cpu"),
 ]  # fmt: skip
 
 
