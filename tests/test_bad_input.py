@@ -224,7 +224,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "mask": ("causal", None, 1.0, [True], np.ones((B, 1, 1, T), np.float32), np.ones((T, T), bool),
              np.ones((B, N, T, T - 1), bool), np.ones((B, 2, T, T), bool), np.ones((1, 1, 1, T), bool),
              np.ones((B, T), bool), masks.Causal, np.ones((B, 1, 1, T), np.int32)),
-    "implementation": ("cuda", "", (), ("xla", "cuda"), "interpret", ("reference",)),
+    "implementation": ("cuda", "", (), ("xla", "cuda"), ("reference",)),
     "segment_ids": ((), (IDS,), (IDS, None), (IDS, IDS[:, 1:]), (IDS, IDS), [IDS] * 3),
 }  # fmt: skip
 

@@ -234,7 +234,7 @@ def _lower(step: Any, shapes: tuple[Any, ...], mesh: Mesh) -> Any:
     import jax
 
     device = mesh.devices.flat[0]
-    if device.platform == "tpu":
+    if device.platform in ("tpu", "cpu"):
         return step.lower(*shapes)
     abstract = jax.sharding.AbstractMesh(
         tuple(mesh.shape.values()),

@@ -139,7 +139,7 @@ def test_flops_count_the_matrices():
         ({"mixer_options": {"linear": {}}}, "mixer_options: 'linear' is not in the pattern"),
         ({"width": 0}, "width: expected at least 1, got 0"),
         ({"remat": "some"}, "remat: expected one of 'none', 'dots', 'full', got 'some'"),
-        ({"mlp": "relu"}, "mlp: expected one of 'swiglu', 'gelu', got 'relu'"),
+        ({"mlp": "relu"}, "mlp: expected one of 'swiglu', 'gelu', 'none', got 'relu'"),
     ],
 )
 def test_config_errors(change, message):
