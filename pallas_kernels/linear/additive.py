@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear import additive_gpu, additive_tpu, channel_tpu, gates, tiling
-from pallas_kernels.linear.additive_gpu import Blocks
+from pallas_kernels.linear import additive_gpu, additive_tpu, channel_tpu, gates, programs, tiling
 from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
+from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
 
@@ -58,7 +58,7 @@ def linear_attention(
     per_token = (batch, length, heads)
     cut: Any = blocks
     if platform in GPU:
-        cut = blocks or additive_gpu.choose(query.dtype)
+        cut = blocks or programs.choose(query.dtype)
         log_decay = given_gates(jnp.broadcast_to(log_decay, per_token), segment_ids)
     else:
         sizes = (batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
@@ -76,14 +76,14 @@ def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platfor
     if platform in GPU:
         if log_decay.ndim == 4:
             raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
-        additive_gpu.check(query.shape[-1], value.shape[-1], query.dtype)
+        programs.check(query.shape[-1], value.shape[-1], query.dtype)
     else:
         tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
 
 
-def _gpu_problem(call: Call, query: Array, key: Array, value: Array) -> additive_gpu.Problem:
+def _gpu_problem(call: Call, query: Array, key: Array, value: Array) -> programs.Problem:
     batch, length, heads, width = query.shape
-    return additive_gpu.Problem(
+    return programs.Problem(
         batch=batch,
         length=length,
         heads=key.shape[2],
@@ -97,7 +97,7 @@ def _gpu_problem(call: Call, query: Array, key: Array, value: Array) -> additive
     )
 
 
-def _gpu_sums(p: additive_gpu.Problem, log_decay: Array) -> Array:
+def _gpu_sums(p: programs.Problem, log_decay: Array) -> Array:
     return gates.sums(log_decay, p.blocks.chunk, p.padded, 1, p.dtype)
 
 

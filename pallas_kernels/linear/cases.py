@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
-from pallas_kernels.linear import Call, additive, additive_gpu, delta
+from pallas_kernels.linear import Call, additive, delta, programs
 from pallas_kernels.linear.tiling import choose
 
 BATCH, LENGTH, HEADS, WIDTH = 1, 8192, 8, 128
@@ -61,7 +61,7 @@ def _gpu() -> dict[str, Case]:
         "ragged": (2, 1000, 4, 2, 80, 48, jnp.float32),
     }
     for name, (batch, length, heads, kv_heads, width, value_width, dtype) in sizes.items():
-        call = Call(1.0, dtype, "gpu", additive_gpu.choose(dtype))
+        call = Call(1.0, dtype, "gpu", programs.choose(dtype))
         query = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
         out = jax.ShapeDtypeStruct((batch, length, heads, value_width), dtype)
         key = jax.ShapeDtypeStruct((batch, length, kv_heads, width), dtype)

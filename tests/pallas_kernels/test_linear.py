@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jattn.linear.recurrence import token_scan
-from pallas_kernels.linear import additive_gpu, gates, linear_attention, tiling
-from pallas_kernels.linear.additive_gpu import Blocks
+from pallas_kernels.linear import gates, linear_attention, programs, tiling
+from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 
 SMALL = Tiling(chunk=16, chunks=2, heads=1, lag=1, times=2)
@@ -161,7 +161,7 @@ def test_what_the_kernel_does_not_do():
     with pytest.raises(NotImplementedError, match="state of 4096 x 4096 does not fit"):
         tiling.check(4096, 4096, jnp.bfloat16, None)
     with pytest.raises(NotImplementedError, match="at most 128 channels in float32, not 256 and 3"):
-        additive_gpu.check(256, 3, jnp.dtype(jnp.float32))
+        programs.check(256, 3, jnp.dtype(jnp.float32))
     with pytest.raises(ValueError, match=r"blocks.chunk: expected a power of two from 8, got 24"):
         tiling.check(8, 8, jnp.bfloat16, dataclasses.replace(SMALL, chunk=24))
 
