@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear import additive_gpu, additive_tpu, channel_tpu, gates, programs, tiling
+from pallas_kernels.linear import additive_gpu, additive_tpu, channel_gpu, channel_tpu, gates, programs, tiling
 from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
 from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
@@ -42,7 +42,7 @@ def linear_attention(
 
     Args:
       query, key, value: bfloat16 or float32; query head n reads key head `n // (N // K)`.
-      log_decay: float32, at most 0; one for each head, for each token and head, or (on TPU) for each channel of those.
+      log_decay: float32, at most 0; one for each head, for each token and head, or for each channel of those.
       segment_ids: sequences packed one after another; the state before the first token belongs to the first of them.
       state: float32.
       platform: "tpu" or "gpu"; "interpret" and "interpret_gpu" run their kernels step by step anywhere.
@@ -58,8 +58,12 @@ def linear_attention(
     per_token = (batch, length, heads)
     cut: Any = blocks
     if platform in GPU:
-        cut = blocks or programs.choose(query.dtype)
-        log_decay = given_gates(jnp.broadcast_to(log_decay, per_token), segment_ids)
+        if log_decay.ndim == 4:
+            cut = blocks or channel_gpu.choose(query.dtype)
+        else:
+            cut = blocks or programs.choose(query.dtype)
+            log_decay = jnp.broadcast_to(log_decay, per_token)
+        log_decay = given_gates(log_decay, segment_ids)
     else:
         sizes = (batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
         cut = blocks or tiling.choose(*sizes, large=log_decay.ndim == 4)
@@ -74,8 +78,6 @@ def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platfor
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
     if platform in GPU:
-        if log_decay.ndim == 4:
-            raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
         programs.check(query.shape[-1], value.shape[-1], query.dtype)
     else:
         tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
@@ -122,6 +124,8 @@ def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Arra
 def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> Any:
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
+        if log_decay.ndim == 4:
+            return channel_gpu.forward(gpu, query, key, value, log_decay, state, out_dtype=call.out_dtype), state
         sums = _gpu_sums(gpu, log_decay)
         return additive_gpu.forward(gpu, query, key, value, sums, state, out_dtype=call.out_dtype), state
     p = _problem(call, query, key, value, log_decay)
@@ -154,6 +158,10 @@ def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> 
     sums: Array | None
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
+        if log_decay.ndim == 4:
+            ends = (starts, out_gradient, end_gradient)
+            dq, dk, dv, dgates, dstate = channel_gpu.backward(gpu, query, key, value, log_decay, *ends)
+            return dq, dk, dv, dgates, dstate
         gates_and_ends = (_gpu_sums(gpu, log_decay), starts, out_gradient, end_gradient)
         dq, dk, dv, dstate, sums = additive_gpu.backward(gpu, query, key, value, *gates_and_ends)
     elif log_decay.ndim == 4:

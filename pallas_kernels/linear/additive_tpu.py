@@ -12,7 +12,6 @@ every grid step, and the backward walk computes the states between again.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import walk
 from pallas_kernels.linear.walk import Problem
@@ -77,7 +75,7 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
         end_ref[0] = carried[...]
 
 
-def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
+def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     count = 3 if p.constant else 1
     q_ref, k_ref, v_ref, do_ref, *rest = refs
     gate_refs, (start_ref, dend_ref, dq_ref, dk_ref, dv_ref, d0_ref, *more) = rest[:count], rest[count:]
@@ -167,34 +165,12 @@ def forward(
     keep: bool,
     out_dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Outputs `[B, T, N * V]`, the state after the last token and, to `keep`, the state before every step backward."""
-    every, times = p.tiling.chunks, p.tiling.times
-    p = dataclasses.replace(p, tiling=p.tiling.forward)
-    specs = walk.specs(p, starts=times)
-    shape = (p.batch, p.heads, p.width, p.value_width)
-    out_shape = [
-        walk.shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query),
-        walk.shape(shape, jnp.float32, query),
-    ]
-    if keep:
-        out_shape.append(walk.shape((p.batch, p.steps * times, *shape[1:]), jnp.float32, query))
-    per_token = p.group * p.tiling.chunk * (p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
-    out, end, *starts = walk.call(
-        p,
-        functools.partial(_forward_kernel, p, every if keep else 0),
-        "linear_attention_forward",
-        2 * p.batch * p.padded * p.heads * per_token,
-        (query, key, value, *gate, state),
-        in_specs=[specs["query"], specs["key"], specs["value"], *walk.gate_specs(p, specs), specs["state"]],
-        out_specs=[
-            specs["out"],
-            specs["state"],
-            *[specs["starts"]] * keep,
-        ],
-        out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((p.tiling.heads, p.width, p.value_width), jnp.float32)],
-    )
-    return out, end, starts[0] if keep else None
+    """See `walk.forward`."""
+    macs = p.group * p.tiling.chunk * (p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
+    gates = zip(walk.gate_names(p), gate, strict=True)
+    operands = [("query", query), ("key", key), ("value", value), *gates, ("state", state)]
+    name = "linear_attention_forward"
+    return walk.forward(p, _forward_kernel, name, macs, operands, keep=keep, out_dtype=out_dtype)
 
 
 def backward(
@@ -210,34 +186,13 @@ def backward(
     with_gates: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of query, key, value, the initial state and, `with_gates`, of the sums b `[B, K, padded]`."""
-    specs = walk.specs(p, starts=1, backward=True)
     t = p.tiling
-    state = (t.heads, p.width, p.value_width)
-    out_shape = [
-        *(walk.shape(x.shape, x.dtype, query) for x in (query, key, value)),
-        walk.shape((p.batch, p.heads, p.width, p.value_width), jnp.float32, query),
-    ]
-    if with_gates:
-        out_shape.append(walk.shape((p.batch, p.heads // t.heads, t.heads, p.padded), jnp.float32, query))
-    per_token = p.group * (2 * t.chunk * (p.width + p.value_width) + 2 * p.width * p.value_width)
-    per_token += 3 * p.width * p.value_width
-    dq, dk, dv, d0, *sums = walk.call(
-        p,
-        functools.partial(_backward_kernel, p, with_gates),
-        "linear_attention_backward",
-        2 * p.batch * p.padded * p.heads * per_token,
-        (query, key, value, out_gradient, *gate, starts, end_gradient),
-        in_specs=[
-            specs["query"],
-            specs["key"],
-            specs["value"],
-            specs["out"],
-            *walk.gate_specs(p, specs),
-            specs["starts"],
-            specs["state"],
-        ],
-        out_specs=[specs["query"], specs["key"], specs["value"], specs["state"], *[specs["sums"]] * with_gates],
-        out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((t.chunks + 1, *state), jnp.float32), pltpu.VMEM(state, jnp.float32)],
-    )
+    macs = p.group * (2 * t.chunk * (p.width + p.value_width) + 2 * p.width * p.value_width)
+    macs += 3 * p.width * p.value_width
+    operands = [("query", query), ("key", key), ("value", value), ("out", out_gradient)]
+    operands += zip(walk.gate_names(p), gate, strict=True)
+    operands += [("starts", starts), ("state", end_gradient)]
+    more = [("sums", (p.batch, p.heads // t.heads, t.heads, p.padded))] if with_gates else []
+    kernel = functools.partial(_backward_kernel, with_gates)
+    dq, dk, dv, d0, *sums = walk.backward(p, kernel, "linear_attention_backward", macs, operands, more)
     return dq, dk, dv, d0, sums[0].reshape(p.batch, p.heads, p.padded) if with_gates else None

@@ -15,7 +15,6 @@ for p = scale do v^T of those pairs, give dq = (p (k * exp(b_m - b))) * exp(b - 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import gates, walk
 from pallas_kernels.linear.walk import Problem, dot, every_second, with_gaps
@@ -247,31 +245,12 @@ def forward(
     keep: bool,
     out_dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """As `additive_tpu.forward`, with gates `[B, T, K * H]`."""
-    every, times = p.tiling.chunks, p.tiling.times
-    p = dataclasses.replace(p, tiling=p.tiling.forward)
-    specs = walk.specs(p, starts=times)
-    full = (p.batch, p.heads, p.width, p.value_width)
-    out_shape = [
-        walk.shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query),
-        walk.shape(full, jnp.float32, query),
-    ]
-    if keep:
-        out_shape.append(walk.shape((p.batch, p.steps * times, *full[1:]), jnp.float32, query))
+    """See `walk.forward`; gates are `[B, T, K * H]`."""
     levels = p.tiling.chunk.bit_length()
-    per_token = p.group * p.tiling.chunk * (levels * p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
-    out, end, *starts = walk.call(
-        p,
-        functools.partial(_forward_kernel, p, every if keep else 0),
-        "channel_linear_attention_forward",
-        2 * p.batch * p.padded * p.heads * per_token,
-        (query, key, value, gate, state),
-        in_specs=[specs[name] for name in ("query", "key", "value", "key", "state")],
-        out_specs=[specs["out"], specs["state"], *[specs["starts"]] * keep],
-        out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((p.tiling.heads, p.width, p.value_width), jnp.float32)],
-    )
-    return out, end, starts[0] if keep else None
+    macs = p.group * p.tiling.chunk * (levels * p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
+    operands = [("query", query), ("key", key), ("value", value), ("key", gate), ("state", state)]
+    name = "channel_linear_attention_forward"
+    return walk.forward(p, _forward_kernel, name, macs, operands, keep=keep, out_dtype=out_dtype)
 
 
 def backward(
@@ -283,25 +262,12 @@ def backward(
     starts: jax.Array,
     out_gradient: jax.Array,
     end_gradient: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> list[jax.Array]:
     """Gradients of query, key, value, the initial state, and of the sums b `[B, T, K * H]`."""
-    specs = walk.specs(p, starts=1, backward=True)
-    t, levels = p.tiling, p.tiling.chunk.bit_length()
-    state = (t.heads, p.width, p.value_width)
-    per_token = p.group * t.chunk * (3 * levels * p.width + 2 * p.value_width)
-    per_token += (2 * p.group + 3) * p.width * p.value_width
-    return walk.call(
-        p,
-        functools.partial(_backward_kernel, p),
-        "channel_linear_attention_backward",
-        2 * p.batch * p.padded * p.heads * per_token,
-        (query, key, value, out_gradient, gate, starts, end_gradient),
-        in_specs=[specs[name] for name in ("query", "key", "value", "out", "key", "starts", "state")],
-        out_specs=[specs[name] for name in ("query", "key", "value", "state", "key")],
-        out_shape=[
-            *(walk.shape(x.shape, x.dtype, query) for x in (query, key, value)),
-            walk.shape((p.batch, p.heads, p.width, p.value_width), jnp.float32, query),
-            walk.shape(gate.shape, jnp.float32, query),
-        ],
-        scratch_shapes=[pltpu.VMEM((t.chunks + 1, *state), jnp.float32), pltpu.VMEM(state, jnp.float32)],
-    )
+    levels = p.tiling.chunk.bit_length()
+    macs = p.group * p.tiling.chunk * (3 * levels * p.width + 2 * p.value_width)
+    macs += (2 * p.group + 3) * p.width * p.value_width
+    operands = [("query", query), ("key", key), ("value", value), ("out", out_gradient), ("key", gate)]
+    operands += [("starts", starts), ("state", end_gradient)]
+    name = "channel_linear_attention_backward"
+    return walk.backward(p, _backward_kernel, name, macs, operands, [("key", gate.shape)])

@@ -17,7 +17,6 @@ are left to cancel. Backward, with the gradient dS' of the state after the chunk
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -113,7 +112,7 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
         end_ref[0] = carried[...]
 
 
-def _backward_kernel(p: Problem, with_gates: bool, *refs: Any) -> None:
+def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     count = 3 if p.constant else 1
     q_ref, k_ref, v_ref, do_ref, *rest = refs
     gate_refs, (beta_ref, start_ref, dend_ref, *outs) = rest[:count], rest[count:]
@@ -242,37 +241,13 @@ def forward(
     keep: bool,
     out_dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Outputs `[B, T, O * V]`, the state after the last token and, to `keep`, the state before every step backward."""
-    every, times = p.tiling.chunks, p.tiling.times
-    p = dataclasses.replace(p, tiling=p.tiling.forward)
-    specs = walk.specs(p, starts=times)
-    shape = (p.batch, p.heads, p.width, p.value_width)
-    out_shape = [
-        walk.shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query),
-        walk.shape(shape, jnp.float32, query),
-    ]
-    if keep:
-        out_shape.append(walk.shape((p.batch, p.steps * times, *shape[1:]), jnp.float32, query))
+    """See `walk.forward`."""
     c = p.tiling.chunk
-    per_token = (1 + p.group) * c * p.width + (p.group + 1) * c * p.value_width + c * c
-    per_token += (p.group + 2) * p.width * p.value_width
-    out, end, *starts = walk.call(
-        p,
-        functools.partial(_forward_kernel, p, every if keep else 0),
-        "delta_rule_forward",
-        2 * p.batch * p.padded * p.heads * per_token,
-        (query, key, value, *gate, beta, state),
-        in_specs=[
-            *(specs[name] for name in ("query", "key", "value")),
-            *walk.gate_specs(p, specs),
-            specs["sums"],
-            specs["state"],
-        ],
-        out_specs=[specs["out"], specs["state"], *[specs["starts"]] * keep],
-        out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((p.tiling.heads, p.width, p.value_width), jnp.float32)],
-    )
-    return out, end, starts[0] if keep else None
+    macs = (1 + p.group) * c * p.width + (p.group + 1) * c * p.value_width + c * c
+    macs += (p.group + 2) * p.width * p.value_width
+    gates = zip(walk.gate_names(p), gate, strict=True)
+    operands = [("query", query), ("key", key), ("value", value), *gates, ("sums", beta), ("state", state)]
+    return walk.forward(p, _forward_kernel, "delta_rule_forward", macs, operands, keep=keep, out_dtype=out_dtype)
 
 
 def backward(
@@ -292,40 +267,21 @@ def backward(
 
     Those of the sums are 0 unless `with_gates`.
     """
-    specs = walk.specs(p, starts=1, backward=True)
     t = p.tiling
-    groups, state = p.heads // t.heads, (t.heads, p.width, p.value_width)
-    units = (t.chunks, t.heads)
-    out_shape = [
-        *(walk.shape(x.shape, x.dtype, query) for x in (query, key, value)),
-        walk.shape((p.batch, p.heads, p.width, p.value_width), jnp.float32, query),
-        walk.shape((p.batch, groups, 2 * t.heads, p.padded), jnp.float32, query),
+    groups, units = p.heads // t.heads, (t.chunks, t.heads)
+    macs = (3 + 3 * p.group) * t.chunk * p.width + (4 + 2 * p.group) * t.chunk * p.value_width + t.chunk**2
+    macs += (6 + 2 * p.group) * p.width * p.value_width
+    operands = [("query", query), ("key", key), ("value", value), ("out", out_gradient)]
+    operands += zip(walk.gate_names(p), gate, strict=True)
+    operands += [("sums", beta), ("starts", starts), ("state", end_gradient)]
+    more = [("two sums", (p.batch, groups, 2 * t.heads, p.padded))]
+    scratch = [
+        *[pltpu.VMEM((*units, t.chunk, t.chunk), p.dtype)] * 2,
+        pltpu.VMEM((*units, t.chunk, p.value_width), jnp.float32),
+        pltpu.VMEM((*units, t.chunk, p.value_width), p.dtype),
     ]
-    per_token = (3 + 3 * p.group) * t.chunk * p.width + (4 + 2 * p.group) * t.chunk * p.value_width + t.chunk**2
-    per_token += (6 + 2 * p.group) * p.width * p.value_width
-    *gradients, rows = walk.call(
-        p,
-        functools.partial(_backward_kernel, p, with_gates),
-        "delta_rule_backward",
-        2 * p.batch * p.padded * p.heads * per_token,
-        (query, key, value, out_gradient, *gate, beta, starts, end_gradient),
-        in_specs=[
-            *(specs[name] for name in ("query", "key", "value", "out")),
-            *walk.gate_specs(p, specs),
-            specs["sums"],
-            specs["starts"],
-            specs["state"],
-        ],
-        out_specs=[*(specs[name] for name in ("query", "key", "value", "state", "two sums"))],
-        out_shape=out_shape,
-        scratch_shapes=[
-            pltpu.VMEM((t.chunks + 1, *state), jnp.float32),
-            *[pltpu.VMEM((*units, t.chunk, t.chunk), p.dtype)] * 2,
-            pltpu.VMEM((*units, t.chunk, p.value_width), jnp.float32),
-            pltpu.VMEM((*units, t.chunk, p.value_width), p.dtype),
-            pltpu.VMEM(state, jnp.float32),
-        ],
-    )
+    kernel = functools.partial(_backward_kernel, with_gates)
+    *gradients, rows = walk.backward(p, kernel, "delta_rule_backward", macs, operands, more, scratch)
     dq, dk, dv, d0 = gradients
     rows = rows.reshape(p.batch, groups, 2, t.heads, p.padded)
     sums, dbeta = (rows[:, :, i].reshape(p.batch, p.heads, p.padded) for i in range(2))

@@ -20,6 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.linear import gates
 from pallas_kernels.linear.tiling import Tiling
 
+Operand = tuple[str, jax.Array]
+"""The name of its block, as in `specs`, and an array."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -195,24 +198,87 @@ def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.Bl
     }
 
 
-def gate_specs(p: Problem, specs: dict[str, pl.BlockSpec]) -> list[pl.BlockSpec]:
-    return [specs["pair"], specs["wide"], specs["wide"]] if p.constant else [specs["gates"]]
+def gate_names(p: Problem) -> tuple[str, ...]:
+    """The blocks of what `call.gate_arrays` makes."""
+    return ("pair", "wide", "wide") if p.constant else ("gates",)
 
 
-def call(p: Problem, kernel: Any, name: str, flops: int, operands: Sequence[jax.Array], **options: Any) -> Any:
-    outs = jax.tree.leaves(options["out_shape"])
-    moved = sum(x.size * x.dtype.itemsize for x in (*operands, *outs))
+def forward(
+    p: Problem, kernel: Any, name: str, macs: int, operands: Sequence[Operand], *, keep: bool, out_dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Outputs `[B, T, heads * V]`, the state after the last token and, to `keep`, the state before every backward step.
+
+    Args:
+      kernel: of the problem, how many chunks lie between states that are kept (0: none is), and the references.
+      macs: multiplications of a token and state.
+      operands: the query first, the state before the first token last.
+    """
+    every, times, query = p.tiling.chunks if keep else 0, p.tiling.times, operands[0][1]
+    p = dataclasses.replace(p, tiling=p.tiling.forward)
+    state = (p.heads, p.width, p.value_width)
+    results = [
+        ("out", shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query)),
+        ("state", shape((p.batch, *state), jnp.float32, query)),
+    ]
+    if keep:
+        results.append(("starts", shape((p.batch, p.steps * times, *state), jnp.float32, query)))
+    kernel, carried = functools.partial(kernel, p, every), pltpu.VMEM((p.tiling.heads, *state[1:]), jnp.float32)
+    out, end, *starts = _call(p, kernel, name, macs, operands, results, [carried], specs(p, starts=times))
+    return out, end, starts[0] if keep else None
+
+
+def backward(
+    p: Problem,
+    kernel: Any,
+    name: str,
+    macs: int,
+    operands: Sequence[Operand],
+    more: Sequence[tuple[str, Sequence[int]]],
+    scratch: Sequence[Any] = (),
+) -> list[jax.Array]:
+    """Gradients of query, key, value and the initial state, and `more` float32 arrays: their blocks and shapes.
+
+    The kernel's last references are the states of the step, `scratch`, and the gradient that is carried.
+    """
+    query, state = operands[0][1], (p.tiling.heads, p.width, p.value_width)
+    results = [
+        *((block, shape(x.shape, x.dtype, query)) for block, x in operands[:3]),
+        ("state", shape((p.batch, p.heads, *state[1:]), jnp.float32, query)),
+        *((block, shape(sizes, jnp.float32, query)) for block, sizes in more),
+    ]
+    states = pltpu.VMEM((p.tiling.chunks + 1, *state), jnp.float32)
+    scratches = [states, *scratch, pltpu.VMEM(state, jnp.float32)]
+    blocks = specs(p, starts=1, backward=True)
+    return _call(p, functools.partial(kernel, p), name, macs, operands, results, scratches, blocks)
+
+
+def _call(
+    p: Problem,
+    kernel: Any,
+    name: str,
+    macs: int,
+    operands: Sequence[Operand],
+    results: Sequence[tuple[str, jax.ShapeDtypeStruct]],
+    scratch: Sequence[Any],
+    blocks: dict[str, pl.BlockSpec],
+) -> Any:
+    moved = sum(x.size * x.dtype.itemsize for _, x in operands) + sum(x.size * x.dtype.itemsize for _, x in results)
     return pl.pallas_call(
         kernel,
         grid=p.grid,
         name=name,
-        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+        in_specs=[blocks[block] for block, _ in operands],
+        out_specs=[blocks[block] for block, _ in results],
+        out_shape=[x for _, x in results],
+        scratch_shapes=scratch,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * p.batch * p.padded * p.heads * macs, bytes_accessed=moved, transcendentals=0
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=p.tiling.vmem
         ),
         interpret=p.interpret,
-        **options,
-    )(*operands)
+    )(*(x for _, x in operands))
 
 
 def shape(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:

@@ -95,20 +95,25 @@ def test_segments(constant, blocks):
         ((2, 61, 2, 2, 7, 11), SMALL),
         ((1, 64, 4, 2, 8, 16), dataclasses.replace(SMALL, heads=2)),
         ((1, 150, 2, 2, 8, 8), None),
+        ((2, 61, 2, 2, 7, 11), ON_GPU),
+        ((1, 53, 6, 2, 13, 17), ON_GPU),
+        ((1, 64, 4, 2, 16, 8), ON_GPU),
     ],
-    ids=["ragged", "grouped", "chosen"],
+    ids=["ragged", "grouped", "chosen", "gpu, ragged", "gpu, grouped and ragged", "gpu, whole tiles"],
 )
 def test_gates_of_channels(sizes, blocks):
     assert_near(both(*operands(*sizes, channel=True), blocks=blocks), 1e-5)
 
 
-def test_gates_of_channels_in_segments_and_strong():
+@each_kernel
+def test_gates_of_channels_in_segments_and_strong(blocks):
     ids = jnp.asarray(np.repeat([0, 1, 2, 7], [5, 29, 1, 26])[None])
-    assert_near(both(*operands(1, 61, 2, 2, 7, 11, channel=True, decay=20.0), ids, SMALL), 1e-5)
+    assert_near(both(*operands(1, 61, 2, 2, 7, 11, channel=True, decay=20.0), ids, blocks), 1e-5)
 
 
-def test_gates_of_channels_with_bfloat16():
-    pairs = both(*operands(1, 61, 2, 2, 16, 11, channel=True, dtype=jnp.bfloat16), blocks=SMALL)
+@each_kernel
+def test_gates_of_channels_with_bfloat16(blocks):
+    pairs = both(*operands(1, 61, 2, 2, 16, 11, channel=True, dtype=jnp.bfloat16), blocks=blocks)
     assert_near({name: pair for name, pair in pairs.items() if name != "gate"}, 5e-3)
     assert_near({"gate": pairs["gate"]}, 1e-2)
 
@@ -155,9 +160,6 @@ def test_unwanted_gradients_of_gates_are_not_computed():
 
 def test_what_the_kernel_does_not_do():
     arguments, _ = operands(1, 16, 1, 1, 5, 3, constant=True)
-    per_channel = jnp.zeros((1, 16, 1, 5))
-    with pytest.raises(NotImplementedError, match="not for each channel"):
-        linear_attention(*arguments[:3], per_channel, None, arguments[4], scale=1.0, platform="interpret_gpu")
     with pytest.raises(NotImplementedError, match="state of 4096 x 4096 does not fit"):
         tiling.check(4096, 4096, jnp.bfloat16, None)
     with pytest.raises(NotImplementedError, match="at most 128 channels in float32, not 256 and 3"):
