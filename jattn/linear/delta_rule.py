@@ -60,8 +60,8 @@ def delta_rule(
       initial_state: `S [B, Kv, H, V]` before the first token, of the accumulator dtype; `z` is `None`.
       return_state: also return the state after the last token.
       chunk_size: tokens per chunk, a power of two; `None` chooses.
-      implementation: "pallas_tpu" and "xla" work in chunks, "reference" token by token; see `jattn.explain`. The kernel
-        has first derivatives, backward; the others have all.
+      implementation: "pallas_tpu", "pallas_gpu" and "xla" work in chunks, "reference" token by token; see
+        `jattn.explain`. The kernels have first derivatives, backward; the others have all.
 
     Returns:
       `[B, T, max(N, Kv), V]` in the query's dtype, or `(that, LinearState)`.
@@ -225,6 +225,7 @@ def _check_operands(query: Any, key: Any, value: Any, beta: Any, sizes: dict[str
 
 
 def _check_fused(
+    platform: kernel.Platform,
     query: Array,
     key: Array,
     value: Array,
@@ -237,20 +238,21 @@ def _check_fused(
     if chunk_size is not None:
         raise NotImplementedError("the kernel has chunks of its own; leave chunk_size out")
     gates = jax.ShapeDtypeStruct(value.shape[2:3], "float32") if log_decay is None else log_decay
-    kernel.delta.check(query, key, value, gates)
+    kernel.delta.check(query, key, value, gates, platform=platform)
 
 
-def _fused(platform: kernel.Platform) -> Callable[..., tuple[Array, LinearState]]:
+def _fused(name: str, platform: kernel.Platform) -> Implementation:
     def causal(*operands: Any, scale: float, chunk_size: int | None, out_dtype: Any) -> tuple[Array, Array]:
         del chunk_size
         return kernel.delta_rule(*operands, scale=scale, platform=platform, out_dtype=out_dtype)
 
-    return functools.partial(_attend, causal)
+    return Implementation(name, functools.partial(_attend, causal), functools.partial(_check_fused, platform))
 
 
 _IMPLEMENTATIONS = (
-    Implementation("pallas_tpu", _fused("tpu"), _check_fused),
+    _fused("pallas_tpu", "tpu"),
+    _fused("pallas_gpu", "gpu"),
     Implementation("xla", functools.partial(_attend, wy.causal)),
     Implementation("reference", functools.partial(_attend, token_scan)),
-    Implementation("interpret", _fused("interpret"), _check_fused),
+    _fused("interpret", "interpret"),
 )

@@ -195,6 +195,7 @@ def token_scan(
 
 def _attend(
     causal: Callable[..., tuple[Array, Array]],
+    divided: Callable[..., tuple[Array, Array, Array]] | None,
     query: Array,
     key: Array,
     value: Array,
@@ -211,32 +212,38 @@ def _attend(
     reverse: bool,
     chunk_size: int | None,
 ) -> tuple[Array, LinearState]:
-    """The whole op from a kernel of the causal, unnormalised recurrence.
+    """The whole op from a kernel of the causal recurrence.
 
     `causal(query, key, value, log_decay, segment_ids, state, *, scale, chunk_size, out_dtype) -> (out, state)` takes
-    `log_decay` of shape [K], [B, T, K] or [B, T, K, H] and a state, both in the accumulator dtype.
+    `log_decay` of shape [K], [B, T, K] or [B, T, K, H] and a state, both in the accumulator dtype. `divided`, if there
+    is one, normalises too, for gates without channels: `normalized_linear_attention`.
     """
     accumulator = checks.accumulator_dtype(query.dtype)
     needs_order = is_causal or log_decay is not None or segment_ids is not None
     log_decay = jnp.zeros(key.shape[2], accumulator) if log_decay is None else arguments.clamp(log_decay, accumulator)
     if mask is not None:
         key, value, log_decay = arguments.without_padding(mask, key, value, log_decay)
-    if normalize:
-        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-    state = arguments.packed(initial_state, key, value, accumulator)
+    values = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1) if normalize else value
+    state = arguments.packed(initial_state, key, values, accumulator)
     out_dtype = query.dtype if is_causal and not normalize else accumulator
     run = functools.partial(causal, scale=scale, chunk_size=chunk_size, out_dtype=out_dtype)
 
     if not needs_order:
-        state += jnp.einsum("bskh,bskv->bkhv", key, value, preferred_element_type=accumulator)
+        state += jnp.einsum("bskh,bskv->bkhv", key, values, preferred_element_type=accumulator)
         out = scale * _read(query, state)
     elif is_causal:
         flip = functools.partial(jnp.flip, axis=1) if reverse else lambda x: x
-        time = [flip(query), flip(key), flip(value), log_decay if log_decay.ndim == 1 else flip(log_decay)]
-        out, state = run(*time, None if segment_ids is None else flip(segment_ids), state)
+        gates = log_decay if log_decay.ndim == 1 else flip(log_decay)
+        ids = None if segment_ids is None else flip(segment_ids)
+        if normalize and divided is not None and log_decay.ndim < 4:
+            both = (eps, 0.0) if eps_mode == "denominator" else (0.0, eps)
+            time = (flip(query), flip(key), flip(value), gates, ids)
+            out, S, z = divided(*time, state[..., :-1], state[..., -1], scale=scale, eps=both)
+            return flip(out), LinearState(S, z)
+        out, state = run(flip(query), flip(key), flip(values), gates, ids, state)
         out = flip(out)
     else:
-        out = _both_ways(run, query, key, value, log_decay, segment_ids, state, scale)
+        out = _both_ways(run, query, key, values, log_decay, segment_ids, state, scale)
 
     if normalize:
         out, weights = out[..., :-1], out[..., -1]
@@ -330,12 +337,12 @@ def _check_fused(
 ) -> None:
     if not is_causal and log_decay is None and segment_ids is None:
         raise NotImplementedError("a sum over all keys is two matrix products, which the compiler does as well")
-    if normalize:
-        raise NotImplementedError("the kernel does not carry the normaliser")
     if chunk_size is not None:
         raise NotImplementedError("the kernel has chunks of its own; leave chunk_size out")
     gates = jax.ShapeDtypeStruct(key.shape[2:3], "float32") if log_decay is None else log_decay
-    kernel.additive.check(query, key, value, gates, platform=platform)
+    # One more channel, of ones, where the kernel does not divide by itself.
+    values = jax.ShapeDtypeStruct((*value.shape[:-1], value.shape[-1] + normalize), value.dtype)
+    kernel.additive.check(query, key, values, gates, platform=platform)
 
 
 def _fused(name: str, platform: kernel.Platform) -> Implementation:
@@ -343,13 +350,16 @@ def _fused(name: str, platform: kernel.Platform) -> Implementation:
         del chunk_size
         return kernel.linear_attention(*operands, scale=scale, platform=platform, out_dtype=out_dtype)
 
-    return Implementation(name, functools.partial(_attend, causal), functools.partial(_check_fused, platform))
+    divided = None
+    if platform in ("tpu", "interpret"):
+        divided = functools.partial(kernel.normalized_linear_attention, platform=platform)
+    return Implementation(name, functools.partial(_attend, causal, divided), functools.partial(_check_fused, platform))
 
 
 _IMPLEMENTATIONS = (
     _fused("pallas_tpu", "tpu"),
     _fused("pallas_gpu", "gpu"),
-    Implementation("xla", functools.partial(_attend, chunked.causal)),
-    Implementation("reference", functools.partial(_attend, token_scan)),
+    Implementation("xla", functools.partial(_attend, chunked.causal, None)),
+    Implementation("reference", functools.partial(_attend, token_scan, None)),
     _fused("interpret", "interpret"),
 )

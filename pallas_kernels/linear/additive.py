@@ -103,7 +103,7 @@ def _gpu_sums(p: programs.Problem, log_decay: Array) -> Array:
     return gates.sums(log_decay, p.blocks.chunk, p.padded, 1, p.dtype)
 
 
-def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array) -> Problem:
+def problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array) -> Problem:
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
     return Problem(
@@ -128,13 +128,14 @@ def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_dec
             return channel_gpu.forward(gpu, query, key, value, log_decay, state, out_dtype=call.out_dtype), state
         sums = _gpu_sums(gpu, log_decay)
         return additive_gpu.forward(gpu, query, key, value, sums, state, out_dtype=call.out_dtype), state
-    p = _problem(call, query, key, value, log_decay)
+    p = problem(call, query, key, value, log_decay)
     options: dict[str, Any] = {"keep": keep, "out_dtype": call.out_dtype}
     heads = (flat(query), flat(key), flat(value))
     if log_decay.ndim == 4:
         out, end, starts = channel_tpu.forward(p, *heads, flat(log_decay), state, **options)
     else:
-        out, end, starts = additive_tpu.forward(p, *heads, gate_arrays(p, log_decay), state, **options)
+        (out, end), kept = additive_tpu.forward(p, *heads, gate_arrays(p, log_decay), state, **options)
+        starts = kept[0] if keep else None
     return (out.reshape(*query.shape[:3], -1), end), starts
 
 
@@ -159,20 +160,18 @@ def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> 
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
         if log_decay.ndim == 4:
-            ends = (starts, out_gradient, end_gradient)
-            dq, dk, dv, dgates, dstate = channel_gpu.backward(gpu, query, key, value, log_decay, *ends)
-            return dq, dk, dv, dgates, dstate
+            return channel_gpu.backward(gpu, query, key, value, log_decay, starts, out_gradient, end_gradient)
         gates_and_ends = (_gpu_sums(gpu, log_decay), starts, out_gradient, end_gradient)
         dq, dk, dv, dstate, sums = additive_gpu.backward(gpu, query, key, value, *gates_and_ends)
     elif log_decay.ndim == 4:
-        p = _problem(call, query, key, value, log_decay)
+        p = problem(call, query, key, value, log_decay)
         operands = (flat(query), flat(key), flat(value), flat(log_decay), starts, flat(out_gradient), end_gradient)
         dq, dk, dv, dstate, db = channel_tpu.backward(p, *operands)
         dgates = gates.of_channel_sums(db.reshape(log_decay.shape), log_decay, p.tiling.chunk)
         return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dgates, dstate
     else:
-        p = _problem(call, query, key, value, log_decay)
-        dq, dk, dv, dstate, sums = additive_tpu.backward(
+        p = problem(call, query, key, value, log_decay)
+        (dq, dk, dv, dstate), sums = additive_tpu.backward(
             p,
             flat(query),
             flat(key),
@@ -186,9 +185,7 @@ def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> 
     if sums is None or wanted is None:
         dgates = jnp.zeros_like(log_decay)
     else:
-        per_token = jnp.broadcast_to(log_decay, (*key.shape[:3],))
-        dgates = gates.of_sums(sums, per_token, call.tiling.chunk)
-        dgates = dgates if log_decay.ndim > 1 else jnp.sum(dgates, axis=(0, 1))
+        dgates = gates.of_sums(sums, log_decay, key.shape[1], call.tiling.chunk)
     return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dgates, dstate
 
 

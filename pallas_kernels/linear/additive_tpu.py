@@ -6,6 +6,9 @@
     dq = p k   + scale (do * read) S^T      dk = p^T q + (v dS'^T) * write      dv = a^T do + (k * write) dS'
     dS = total dS' + scale (q * read)^T do  db = rowsum(q * dq - k * dk), and the last row of db gains sum(S' * dS')
 
+Outputs may be divided by scale q (z + eps[1]) + eps[0], z' = total z + colsum(k * write), which is a value channel of
+ones that costs no matrix product. Then do / d takes the place of do, and do v^T / d gains dd = -rowsum(do * o) / d.
+
 The scores of unit i + lag stand before the products that end unit i. The forward walk keeps the state at the start of
 every grid step, and the backward walk computes the states between again.
 """
@@ -14,11 +17,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import walk
 from pallas_kernels.linear.walk import Problem
@@ -28,14 +32,20 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     """Writes the state before every `keep` chunks, unless `keep` is 0."""
     count = 3 if p.constant else 1
     q_ref, k_ref, v_ref, *rest = refs
-    gate_refs, (s0_ref, *outs, carried) = rest[:count], rest[count:]
-    o_ref, end_ref = outs[:2]
+    gate_refs, rest = rest[:count], rest[count:]
+    if p.eps is None:
+        s0_ref, o_ref, end_ref, *kept, carried = rest
+        z = None
+    else:
+        s0_ref, z0_ref, o_ref, end_ref, z_end_ref, divisors_ref, *kept, carried, z = rest
     step = pl.program_id(2)
     size, t = p.tiling.chunk, p.tiling
 
     @pl.when(step == 0)
     def _() -> None:
         carried[...] = s0_ref[0]
+        if z is not None:
+            z[...] = z0_ref[0, 0]
 
     weights = walk.weights(p, gate_refs)
     state = [carried[h] for h in range(t.heads)]
@@ -44,19 +54,24 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
         c, h = unit
         w = weights(c, h)
         k = walk.part(p, k_ref, c, h, p.width, step=step)
-        lhs = []
+        lhs, sums = [], []
         for r in range(p.group):
             q = walk.part(p, q_ref, c, h * p.group + r, p.width)
-            scores = (walk.dot(q, k, (1, 1)) * w.pair).astype(q.dtype)
-            lhs.append(jnp.concatenate([scores, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1))
+            scores = walk.dot(q, k, (1, 1)) * w.pair
+            lhs.append(jnp.concatenate([scores.astype(q.dtype), (q * w.read[:, : p.width]).astype(q.dtype)], axis=1))
+            sums.append(None if z is None else jnp.sum(scores, axis=1, keepdims=True))
         v = walk.part(p, v_ref, c, h, p.value_width, step=step)
         # The token axis of k is turned around for k^T v, so k waits for nothing and v takes the decay.
-        return lhs, (v * w.write[:, : p.value_width]).astype(v.dtype), w.total
+        return lhs, sums, (v * w.write[:, : p.value_width]).astype(v.dtype), w
 
     units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
-    for (c, h), (lhs, write, total) in walk.interleaved(units, t.lag, begin):
+    divisors: list[jax.Array] = []
+    for (c, h), (lhs, sums, write, w) in walk.interleaved(units, t.lag, begin):
+        rows = slice(c * size, (c + 1) * size)
         if keep and c % keep == 0:
-            outs[2][0, c // keep, h] = state[h]
+            kept[0][0, c // keep, h] = state[h]
+            if z is not None:
+                kept[1][0, c // keep, 0, h : h + 1] = z[h : h + 1]
         k = walk.part(p, k_ref, c, h, p.width, step=step)
         v = walk.part(p, v_ref, c, h, p.value_width, step=step)
         rhs = jnp.concatenate([v, state[h].astype(v.dtype)], axis=0)
@@ -65,42 +80,93 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
             out = walk.dot(lhs[r], rhs)
             if p.scale != 1:
                 out *= p.scale
-            o_ref[0, c * size : (c + 1) * size, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
-        state[h] = total * state[h] + walk.dot(k, write, (0, 0))
+            if z is not None:
+                q = walk.part(p, q_ref, c, n, p.width)
+                divisors.append(_divisor(p, sums[r], q, w.read[:, : p.width], z[h : h + 1]))
+                out = jnp.where(divisors[-1] == 0, 0, out / jnp.where(divisors[-1] == 0, 1, divisors[-1]))
+            o_ref[0, rows, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
+        state[h] = w.total[:, : p.value_width] * state[h] + walk.dot(k, write, (0, 0))
+        if z is not None:
+            z[h : h + 1] = _next_z(p, z[h : h + 1], k, w)
+            if h == t.heads - 1:
+                divisors_ref[0, 0, :, rows] = jnp.concatenate(divisors, axis=1).T
+                divisors.clear()
     for h in range(t.heads):
         carried[h] = state[h]
 
     @pl.when(step == p.steps - 1)
     def _() -> None:
         end_ref[0] = carried[...]
+        if z is not None:
+            z_end_ref[0, 0] = z[...]
+
+
+def _divisor(p: Problem, sums: jax.Array, q: jax.Array, read: jax.Array, z: jax.Array) -> jax.Array:
+    """scale q (z_t + eps[1]) + eps[0] as a column, from the sums of the scores and z before the chunk."""
+    assert p.eps is not None
+    added, to_z = p.eps
+    return p.scale * (sums + jnp.sum(q * (read * z + to_z), axis=1, keepdims=True)) + added
+
+
+def _next_z(p: Problem, z: jax.Array, k: jax.Array, w: walk.Weights) -> jax.Array:
+    return w.total[:, : p.width] * z + jnp.sum(k * w.write[:, : p.width], axis=0, keepdims=True)
 
 
 def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     count = 3 if p.constant else 1
     q_ref, k_ref, v_ref, do_ref, *rest = refs
-    gate_refs, (start_ref, dend_ref, dq_ref, dk_ref, dv_ref, d0_ref, *more) = rest[:count], rest[count:]
-    states, carried = more[-2:]
+    gate_refs, rest = rest[:count], rest[count:]
+    divided = p.eps is not None
+    if p.eps is not None:
+        (
+            start_ref,
+            dend_ref,
+            inverse_ref,
+            dd_ref,
+            z_start_ref,
+            dz_end_ref,
+            dq_ref,
+            dk_ref,
+            dv_ref,
+            d0_ref,
+            dz0_ref,
+            *more,
+        ) = rest
+        *more, states, z, dz, carried = more
+    else:
+        start_ref, dend_ref, dq_ref, dk_ref, dv_ref, d0_ref, *more, states, carried = rest
     step = p.steps - 1 - pl.program_id(2)
     size, t = p.tiling.chunk, p.tiling
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         carried[...] = dend_ref[0]
+        if divided:
+            dz[...] = dz_end_ref[0, 0]
 
     weights = walk.weights(p, gate_refs)
     part = functools.partial(walk.part, p, step=step)
 
     for h in range(t.heads):
         states[0, h] = start_ref[0, 0, h]
+    if divided:
+        z[0] = z_start_ref[0, 0, 0]
     # The state after the last chunk is wanted only by the gradient of the gates.
     for c in range(t.chunks if with_gates else t.chunks - 1):
         for h in range(t.heads):
             w = weights(c, h)
             k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
             written = walk.dot(k, (v * w.write[:, : p.value_width]).astype(v.dtype), (0, 0))
-            states[c + 1, h] = w.total * states[c, h] + written
+            states[c + 1, h] = w.total[:, : p.value_width] * states[c, h] + written
+            if divided:
+                z[c + 1, h : h + 1] = _next_z(p, z[c, h : h + 1], k, w)
 
     gradient = [carried[h] for h in range(t.heads)]
+
+    @functools.cache
+    def columns(c: int) -> tuple[jax.Array, jax.Array]:
+        """1 / d and dd, a column for every query head."""
+        return inverse_ref[0, 0, :, c * size : (c + 1) * size].T, dd_ref[0, 0, :, c * size : (c + 1) * size].T
 
     def begin(unit: tuple[int, int]) -> Any:
         c, h = unit
@@ -109,23 +175,30 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         for n in range(h * p.group, (h + 1) * p.group):
             q, do = part(q_ref, c, n, p.width), part(do_ref, c, n, p.value_width)
             pair = p.scale * w.pair if p.scale != 1 else w.pair
-            a = (walk.dot(q, k, (1, 1)) * pair).astype(q.dtype)
-            b = (walk.dot(do, v, (1, 1)) * pair).astype(q.dtype)
             read = p.scale * w.read if p.scale != 1 else w.read
+            a, b = walk.dot(q, k, (1, 1)) * pair, walk.dot(do, v, (1, 1))
+            if divided:
+                inverse, dd = (x[:, n : n + 1] for x in columns(c))
+                a, b, read = a * inverse, b * inverse + dd, read * inverse
+            a, b = a.astype(q.dtype), (b * pair).astype(q.dtype)
             by_query.append((a, b, (do * read[:, : p.value_width]).astype(do.dtype)))
-        return w.write, (v * w.write[:, : p.value_width]).astype(v.dtype), w.total, by_query
+        return w, (v * w.write[:, : p.value_width]).astype(v.dtype), by_query
 
     units = [(c, h) for c in reversed(range(t.chunks)) for h in range(t.heads)]
     sums: list[jax.Array] = []
-    for (c, h), (write, written, kept, by_query) in walk.interleaved(units, t.lag, begin):
+    for (c, h), (w, written, by_query) in walk.interleaved(units, t.lag, begin):
         rows = slice(c * size, (c + 1) * size)
         k = part(k_ref, c, h, p.width)
         entered = states[c, h].astype(k.dtype)
         left = gradient[h].astype(k.dtype)
         dk = walk.dot(written, left, (1, 1))
-        dv = write[:, : p.value_width] * walk.dot(k, left)
-        gradient_before = kept * gradient[h]
+        dv = w.write[:, : p.value_width] * walk.dot(k, left)
+        gradient_before = w.total[:, : p.value_width] * gradient[h]
         by_row = jnp.zeros((size, p.width), jnp.float32)
+        if divided:
+            z_left = dz[h : h + 1]
+            dk += w.write[:, : p.width] * z_left
+            z_before = w.total[:, : p.width] * z_left
         for r, (a, b, read) in enumerate(by_query):
             n = h * p.group + r
             q, do = part(q_ref, c, n, p.width), part(do_ref, c, n, p.value_width)
@@ -133,25 +206,37 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
             dk += walk.dot(b, q, (0, 0))
             dv += walk.dot(a, do, (0, 0))
             gradient_before += walk.dot(q, read, (0, 0))
-            dq_ref[0, rows, n * p.width : (n + 1) * p.width] = dq.astype(dq_ref.dtype)
+            if divided:
+                of_z = p.scale * columns(c)[1][:, n : n + 1] * w.read[:, : p.width]
+                dq += of_z * z[c, h : h + 1]
+                z_before += jnp.sum(q * of_z, axis=0, keepdims=True)
             by_row += q * dq
+            if p.eps is not None and p.eps[1]:
+                dq += p.scale * p.eps[1] * columns(c)[1][:, n : n + 1]
+            dq_ref[0, rows, n * p.width : (n + 1) * p.width] = dq.astype(dq_ref.dtype)
         dk_ref[0, rows, h * p.width : (h + 1) * p.width] = dk.astype(dk_ref.dtype)
         dv_ref[0, rows, h * p.value_width : (h + 1) * p.value_width] = dv.astype(dv_ref.dtype)
         if with_gates:
             last = walk.iota((size, 1), 0) == size - 1
             # The rounded gradient, for that is what dk holds, and most of them cancels.
             at_end = jnp.sum(states[c + 1, h] * left, keepdims=True)
+            if divided:
+                at_end += jnp.sum(z[c + 1, h : h + 1] * z_left, keepdims=True)
             sums.append(jnp.sum(by_row - k * dk, axis=1, keepdims=True) + jnp.where(last, at_end, 0))
             if len(sums) == t.heads:
                 more[0][0, 0, :, rows] = jnp.concatenate(sums, axis=1).T
                 sums.clear()
         gradient[h] = gradient_before
+        if divided:
+            dz[h : h + 1] = z_before
     for h in range(t.heads):
         carried[h] = gradient[h]
 
     @pl.when(pl.program_id(2) == p.steps - 1)
     def _() -> None:
         d0_ref[0] = carried[...]
+        if divided:
+            dz0_ref[0, 0] = dz[...]
 
 
 def forward(
@@ -161,16 +246,25 @@ def forward(
     value: jax.Array,
     gate: Sequence[jax.Array],
     state: jax.Array,
-    *,
+    *z: jax.Array,
     keep: bool,
     out_dtype: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """See `walk.forward`."""
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """See `walk.forward`; z, where outputs are divided, is `[B, groups, heads, H]`."""
     macs = p.group * p.tiling.chunk * (p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
     gates = zip(walk.gate_names(p), gate, strict=True)
-    operands = [("query", query), ("key", key), ("value", value), *gates, ("state", state)]
+    operands = [("query", query), ("key", key), ("value", value), *gates, ("state", state), *(("z", x) for x in z)]
     name = "linear_attention_forward"
     return walk.forward(p, _forward_kernel, name, macs, operands, keep=keep, out_dtype=out_dtype)
+
+
+class Divided(NamedTuple):
+    """What backward needs of divided outputs: 1 / d, dd, z before every step, and the gradient of z at the end."""
+
+    inverses: jax.Array
+    divisor_gradients: jax.Array
+    starts: jax.Array
+    end_gradient: jax.Array
 
 
 def backward(
@@ -182,17 +276,29 @@ def backward(
     starts: jax.Array,
     out_gradient: jax.Array,
     end_gradient: jax.Array,
+    divided: Divided | None = None,
     *,
     with_gates: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of query, key, value, the initial state and, `with_gates`, of the sums b `[B, K, padded]`."""
-    t = p.tiling
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Gradients of query, key, value, the initial state and z, and `with_gates` of the sums b `[B, K, padded]`."""
+    t, groups = p.tiling, p.heads // p.tiling.heads
     macs = p.group * (2 * t.chunk * (p.width + p.value_width) + 2 * p.width * p.value_width)
     macs += 3 * p.width * p.value_width
     operands = [("query", query), ("key", key), ("value", value), ("out", out_gradient)]
     operands += zip(walk.gate_names(p), gate, strict=True)
     operands += [("starts", starts), ("state", end_gradient)]
-    more = [("sums", (p.batch, p.heads // t.heads, t.heads, p.padded))] if with_gates else []
+    more, scratch = [], []
+    if divided is not None:
+        operands += zip(("by query", "by query", "z starts", "z"), divided, strict=True)
+        more.append(("z", (p.batch, groups, t.heads, p.width)))
+        scratch = [
+            pltpu.VMEM((t.chunks + 1, t.heads, p.width), jnp.float32),
+            pltpu.VMEM((t.heads, p.width), jnp.float32),
+        ]
+    if with_gates:
+        more.append(("sums", (p.batch, groups, t.heads, p.padded)))
     kernel = functools.partial(_backward_kernel, with_gates)
-    dq, dk, dv, d0, *sums = walk.backward(p, kernel, "linear_attention_backward", macs, operands, more)
-    return dq, dk, dv, d0, sums[0].reshape(p.batch, p.heads, p.padded) if with_gates else None
+    gradients = walk.backward(p, kernel, "linear_attention_backward", macs, operands, more, scratch)
+    if not with_gates:
+        return gradients, None
+    return gradients[:-1], gradients[-1].reshape(p.batch, p.heads, p.padded)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
-from pallas_kernels.linear import Call, additive, delta, programs
+from pallas_kernels.linear import Call, additive, channel_gpu, delta, delta_gpu, normalized, programs
 from pallas_kernels.linear.tiling import choose
 
 BATCH, LENGTH, HEADS, WIDTH = 1, 8192, 8, 128
@@ -25,7 +25,27 @@ def cases(target: str) -> dict[str, Case]:
     found: dict[str, Case] = {}
     for name, shape in gates.items():
         found |= _pair(target, name, additive, shape)
-    return found | _pair(target, "delta", delta, gates["scalar"])
+    return found | _pair(target, "delta", delta, gates["scalar"]) | _normalized(target)
+
+
+def _normalized(target: str) -> dict[str, Case]:
+    """Without decay, as Hedgehog and other feature maps use it."""
+    blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, cores=CHIPS[target].cores)
+    call, eps, f32 = Call(1.0, jnp.bfloat16, "tpu", blocks), (1e-6, 0.0), jnp.float32
+    token = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((HEADS,), f32)
+    state, z = (jax.ShapeDtypeStruct((BATCH, HEADS, *sizes), f32) for sizes in ((WIDTH, WIDTH), (WIDTH,)))
+    divisors = jax.ShapeDtypeStruct((BATCH, HEADS // blocks.heads, blocks.heads, LENGTH), f32)
+    steps = (BATCH, LENGTH // blocks.tokens)
+    starts = jax.ShapeDtypeStruct((*steps, HEADS, WIDTH, WIDTH), f32)
+    z_starts = jax.ShapeDtypeStruct((*steps, HEADS // blocks.heads, blocks.heads, WIDTH), f32)
+    residuals = (token, token, token, gates, token, divisors, (starts, z_starts), None)
+    once = token.size * token.dtype.itemsize
+    forward, backward = (functools.partial(f, call, eps) for f in (normalized.attend, normalized.attend_backward))
+    return {
+        "normalized-forward": Case(forward, (token, token, token, gates, state, z), 4 * once),
+        "normalized-backward": Case(backward, (residuals, (token, state, z)), 7 * once),
+    }
 
 
 def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...]) -> dict[str, Case]:
@@ -60,23 +80,27 @@ def _gpu() -> dict[str, Case]:
         "scalar": (GPU_BATCH, LENGTH, GPU_HEADS, GPU_HEADS, WIDTH, WIDTH, jnp.bfloat16),
         "ragged": (2, 1000, 4, 2, 80, 48, jnp.float32),
     }
+    sizes |= {"channel": sizes["scalar"], "channel-ragged": sizes["ragged"]}
+    sizes |= {"delta": sizes["scalar"], "delta-ragged": sizes["ragged"]}
     for name, (batch, length, heads, kv_heads, width, value_width, dtype) in sizes.items():
-        call = Call(1.0, dtype, "gpu", programs.choose(dtype))
+        of_channels, is_delta = name.startswith("channel"), name.startswith("delta")
+        entry: Any = delta if is_delta else additive
+        cut: Any = channel_gpu if of_channels else delta_gpu if is_delta else programs
+        call = Call(1.0, dtype, "gpu", cut.choose(dtype))
         query = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
         out = jax.ShapeDtypeStruct((batch, length, heads, value_width), dtype)
         key = jax.ShapeDtypeStruct((batch, length, kv_heads, width), dtype)
         value = jax.ShapeDtypeStruct((batch, length, kv_heads, value_width), dtype)
-        gates = jax.ShapeDtypeStruct((batch, length, kv_heads), jnp.float32)
+        gates = jax.ShapeDtypeStruct((batch, length, kv_heads, *[width] * of_channels), jnp.float32)
+        betas = [jax.ShapeDtypeStruct((batch, length, kv_heads), jnp.float32)] * is_delta
         state = jax.ShapeDtypeStruct((batch, kv_heads, width, value_width), jnp.float32)
 
-        def backward(cotangents: Any, *residuals: Any, call: Call = call) -> Any:
-            return additive.attend_backward(call, (*residuals, ()), cotangents)
+        def backward(cotangents: Any, *residuals: Any, call: Call = call, entry: Any = entry) -> Any:
+            return entry.attend_backward(call, (*residuals, ()), cotangents)
 
         once, twice = (x.size * x.dtype.itemsize for x in (key, query))
         values, outs = (x.size * x.dtype.itemsize for x in (value, out))
-        operands = (query, key, value, gates, state)
-        found[f"{name}-forward"] = Case(
-            functools.partial(additive.attend, call), operands, once + twice + values + outs
-        )
+        operands = (query, key, value, *betas, gates, state)
+        found[f"{name}-forward"] = Case(functools.partial(entry.attend, call), operands, once + twice + values + outs)
         found[f"{name}-backward"] = Case(backward, ((out, state), *operands), 2 * (once + twice + values) + outs)
     return found

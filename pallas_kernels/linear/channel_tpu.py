@@ -250,7 +250,8 @@ def forward(
     macs = p.group * p.tiling.chunk * (levels * p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
     operands = [("query", query), ("key", key), ("value", value), ("key", gate), ("state", state)]
     name = "channel_linear_attention_forward"
-    return walk.forward(p, _forward_kernel, name, macs, operands, keep=keep, out_dtype=out_dtype)
+    (out, end), kept = walk.forward(p, _forward_kernel, name, macs, operands, keep=keep, out_dtype=out_dtype)
+    return out, end, kept[0] if keep else None
 
 
 def backward(

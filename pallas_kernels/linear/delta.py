@@ -4,7 +4,7 @@
 
     out, state = delta_rule(query, key, value, beta, log_decay, segment_ids, state, scale=1.0, platform="tpu")
 
-What is kept for the backward pass is the arguments and one state for every few hundred tokens.
+What is kept for the backward pass is the arguments and, on TPU, one state for every few hundred tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear import delta_tpu, gates, tiling
+from pallas_kernels.linear import delta_gpu, delta_tpu, gates, programs, tiling
 from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
+from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
+
+GPU = ("gpu", "interpret_gpu")
 
 
 def delta_rule(
@@ -34,7 +37,7 @@ def delta_rule(
     scale: float,
     platform: Platform,
     out_dtype: Any = None,
-    blocks: Tiling | None = None,
+    blocks: Tiling | Blocks | None = None,
 ) -> tuple[Float[Array, "B T O V"], Float[Array, "B Kv H V"]]:
     """Outputs, O the larger of N and Kv, and the state after the last token.
 
@@ -44,25 +47,30 @@ def delta_rule(
       beta, log_decay: float32; gates at most 0, one for each state, or one for each token and state.
       segment_ids: sequences packed one after another; the state before the first token belongs to the first of them.
       state: float32.
-      platform: "tpu", or "interpret" to run the TPU's kernel step by step anywhere.
+      platform: "tpu" or "gpu"; "interpret" and "interpret_gpu" run their kernels step by step anywhere.
       out_dtype: of the outputs; the query's by default.
       blocks: how the work is cut up; `None` chooses.
 
     Raises:
       NotImplementedError: what the kernel does not do, with the reason.
     """
-    check(query, key, value, log_decay, blocks=blocks)
+    check(query, key, value, log_decay, platform=platform, blocks=blocks)
     batch, length, heads, width = query.shape
     states, value_width = value.shape[2:]
-    shared = states // key.shape[2]
-    sizes = (batch, length, states, max(heads // states, 1), width, value_width, query.dtype)
-    cut = blocks or tiling.choose(*sizes, shared=shared, large=True)
-    log_decay = given_gates(log_decay, segment_ids, per_token=(batch, length, states), step=cut.forward.tokens)
+    cut: Any = blocks
+    if platform in GPU:
+        cut = blocks or delta_gpu.choose(query.dtype)
+        log_decay = given_gates(jnp.broadcast_to(log_decay, beta.shape), segment_ids)
+    else:
+        shared = states // key.shape[2]
+        sizes = (batch, length, states, max(heads // states, 1), width, value_width, query.dtype)
+        cut = blocks or tiling.choose(*sizes, shared=shared, large=True)
+        log_decay = given_gates(log_decay, segment_ids, per_token=(batch, length, states), step=cut.forward.tokens)
     call = Call(scale, out_dtype or query.dtype, platform, cut)
     return attend(call, *alike(query, key, value, beta, log_decay, state))
 
 
-def check(query: Any, key: Any, value: Any, log_decay: Any, *, blocks: Tiling | None = None) -> None:
+def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platform = "tpu", blocks: Any = None) -> None:
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
@@ -70,7 +78,10 @@ def check(query: Any, key: Any, value: Any, log_decay: Any, *, blocks: Tiling | 
         raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
     if query.shape[2] != key.shape[2] != value.shape[2]:
         raise NotImplementedError("the kernel shares a state among queries or a key among states, not both")
-    tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
+    if platform in GPU:
+        programs.check(query.shape[-1], value.shape[-1], query.dtype)
+    else:
+        tiling.check(query.shape[-1], value.shape[-1], query.dtype, blocks)
 
 
 def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array) -> Problem:
@@ -92,16 +103,47 @@ def _problem(call: Call, query: Array, key: Array, value: Array, log_decay: Arra
     )
 
 
-def _beta_array(p: Problem, beta: Array) -> Array:
-    """[B, groups, heads, padded], with nothing written after the last token."""
-    padded = jnp.pad(beta.astype(jnp.float32), ((0, 0), (0, p.padded - p.length), (0, 0)))
-    return jnp.moveaxis(padded, 1, 2).reshape(p.batch, -1, p.tiling.heads, p.padded)
+def _gpu_problem(call: Call, query: Array, key: Array, value: Array) -> programs.Problem:
+    batch, length, heads, width = query.shape
+    states, value_width = value.shape[2:]
+    return programs.Problem(
+        batch=batch,
+        length=length,
+        heads=states,
+        group=max(heads // states, 1),
+        width=width,
+        value_width=value_width,
+        scale=call.scale,
+        dtype=query.dtype,
+        blocks=call.tiling,
+        interpret=call.platform == "interpret_gpu",
+        shared=states // key.shape[2],
+    )
+
+
+def _beta_array(beta: Array, padded: int) -> Array:
+    """[B, K, padded], with nothing written after the last token."""
+    longer = jnp.pad(beta.astype(jnp.float32), ((0, 0), (0, padded - beta.shape[1]), (0, 0)))
+    return jnp.moveaxis(longer, 1, 2)
+
+
+def _tpu_beta(p: Problem, beta: Array) -> Array:
+    """[B, groups, heads, padded]."""
+    return _beta_array(beta, p.padded).reshape(p.batch, -1, p.tiling.heads, p.padded)
+
+
+def _gpu_rows(p: programs.Problem, beta: Array, log_decay: Array) -> tuple[Array, Array]:
+    return gates.sums(log_decay, p.blocks.chunk, p.padded, 1, p.dtype), _beta_array(beta, p.padded)
 
 
 def _run(call: Call, keep: bool, *operands: Array) -> Any:
     query, key, value, beta, log_decay, state = operands
+    if call.platform in GPU:
+        gpu = _gpu_problem(call, query, key, value)
+        rows = _gpu_rows(gpu, beta, log_decay)
+        return delta_gpu.forward(gpu, query, key, value, *rows, state, out_dtype=call.out_dtype), state
     p = _problem(call, query, key, value, log_decay)
-    arrays = (gate_arrays(p, log_decay), _beta_array(p, beta), state)
+    arrays = (gate_arrays(p, log_decay), _tpu_beta(p, beta), state)
     out, end, starts = delta_tpu.forward(
         p, flat(query), flat(key), flat(value), *arrays, keep=keep, out_dtype=call.out_dtype
     )
@@ -125,24 +167,29 @@ def attend_forward(call: Call, *operands: Any) -> Any:
 def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     query, key, value, beta, log_decay, starts, wanted = residuals
     out_gradient, end_gradient = zeros_for_symbols(cotangents)
-    p = _problem(call, query, key, value, log_decay)
-    dq, dk, dv, dstate, sums, dbeta = delta_tpu.backward(
-        p,
-        flat(query),
-        flat(key),
-        flat(value),
-        gate_arrays(p, log_decay),
-        _beta_array(p, beta),
-        starts,
-        flat(out_gradient).astype(query.dtype),
-        end_gradient,
-        with_gates=wanted is not None,
-    )
+    out_gradient = out_gradient.astype(query.dtype)
+    if call.platform in GPU:
+        gpu = _gpu_problem(call, query, key, value)
+        rows_and_ends = (*_gpu_rows(gpu, beta, log_decay), starts, out_gradient, end_gradient)
+        dq, dk, dv, dstate, sums, dbeta = delta_gpu.backward(gpu, query, key, value, *rows_and_ends)
+    else:
+        p = _problem(call, query, key, value, log_decay)
+        dq, dk, dv, dstate, sums, dbeta = delta_tpu.backward(
+            p,
+            flat(query),
+            flat(key),
+            flat(value),
+            gate_arrays(p, log_decay),
+            _tpu_beta(p, beta),
+            starts,
+            flat(out_gradient),
+            end_gradient,
+            with_gates=wanted is not None,
+        )
     dgates = jnp.zeros_like(log_decay)
     if wanted is not None:
-        dgates = gates.of_sums(sums, jnp.broadcast_to(log_decay, beta.shape), call.tiling.chunk)
-        dgates = dgates if log_decay.ndim > 1 else jnp.sum(dgates, axis=(0, 1))
-    dbeta = jnp.moveaxis(dbeta[..., : p.length], 1, 2).astype(beta.dtype)
+        dgates = gates.of_sums(sums, log_decay, beta.shape[1], call.tiling.chunk)
+    dbeta = jnp.moveaxis(dbeta[..., : beta.shape[1]], 1, 2).astype(beta.dtype)
     return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dbeta, dgates, dstate
 
 

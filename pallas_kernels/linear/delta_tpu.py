@@ -93,7 +93,9 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
         yield
         u = dot(solutions[c, h], rest)
         yield
-        state[h] = w.total * state[h] + dot(k, (u * w.write[:, : p.value_width]).astype(p.dtype), (0, 0))
+        state[h] = w.total[:, : p.value_width] * state[h] + dot(
+            k, (u * w.write[:, : p.value_width]).astype(p.dtype), (0, 0)
+        )
         yield
         rhs = jnp.concatenate([u.astype(p.dtype), entered], axis=0)
         for n in p.outputs(h):
@@ -152,7 +154,7 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         # The state after the last chunk is wanted only by the gradient of the gates.
         if with_gates or c < t.chunks - 1:
             added = dot(k, (u * w.write[:, : p.value_width]).astype(p.dtype), (0, 0))
-            states[c + 1, h] = w.total * states[c, h] + added
+            states[c + 1, h] = w.total[:, : p.value_width] * states[c, h] + added
 
     for h in range(t.heads):
         states[0, h] = start_ref[0, 0, h]
@@ -194,7 +196,7 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         columns["beta", h] = jnp.sum(dy * error, axis=1, keepdims=True)
         erased = (dr * w.read[:, : p.value_width]).astype(p.dtype)
         dg = jnp.where(below, -dot(dr.astype(p.dtype), u, (1, 1)) * w.pair, 0).astype(p.dtype)
-        before = w.total * gradient[h] - dot(k, erased, (0, 0))
+        before = w.total[:, : p.value_width] * gradient[h] - dot(k, erased, (0, 0))
         yield
         dk_row = dot(dg, k) - dot(erased, entered, (1, 1))
         dk_column = dot(dg, k, (0, 0)) + dot((u * write).astype(p.dtype), left, (1, 1))
@@ -247,7 +249,10 @@ def forward(
     macs += (p.group + 2) * p.width * p.value_width
     gates = zip(walk.gate_names(p), gate, strict=True)
     operands = [("query", query), ("key", key), ("value", value), *gates, ("sums", beta), ("state", state)]
-    return walk.forward(p, _forward_kernel, "delta_rule_forward", macs, operands, keep=keep, out_dtype=out_dtype)
+    (out, end), kept = walk.forward(
+        p, _forward_kernel, "delta_rule_forward", macs, operands, keep=keep, out_dtype=out_dtype
+    )
+    return out, end, kept[0] if keep else None
 
 
 def backward(

@@ -41,7 +41,7 @@ def split(gate: Array, dtype: Any) -> list[Array]:
     """What is summed for each of the parts of b."""
     if parts(dtype) == 1:
         return [gate * math.log2(math.e)]
-    coarse = jnp.round(gate * (1 / STEP)) * STEP
+    coarse = jnp.floor(gate * (1 / STEP) + 0.5) * STEP  # Pallas has no `round` on GPU
     return [coarse, gate - coarse]
 
 
@@ -63,14 +63,14 @@ def sums(
 
 
 def of_sums(
-    gradient: Float[Array, "B K padded"], log_decay: Float[Array, "B T K"], chunk: int
-) -> Float[Array, "B T K"]:
+    gradient: Float[Array, "B K padded"], log_decay: Float[Array, " K"] | Float[Array, "B T K"], length: int, chunk: int
+) -> Float[Array, " K"] | Float[Array, "B T K"]:
     """The gradient of the gates from that of their sums b_r."""
     batch, heads, padded = gradient.shape
     by_chunk = gradient.reshape(batch, heads, padded // chunk, chunk)
     summed = jax.lax.cumsum(by_chunk, axis=3, reverse=True).reshape(batch, heads, padded)
-    summed = jnp.moveaxis(summed[..., : log_decay.shape[1]], 1, 2)
-    return jnp.where(log_decay > FORGET, summed, 0)
+    per_token = jnp.where(log_decay > FORGET, jnp.moveaxis(summed[..., :length], 1, 2), 0)
+    return per_token if log_decay.ndim > 1 else jnp.sum(per_token, axis=(0, 1))
 
 
 def of_channel_sums(

@@ -40,7 +40,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Sizes of a call; `group` query heads read one key head."""
+    """Sizes of a call; `group` query heads read one state, or `shared` states have one query and one key head."""
 
     batch: int
     length: int
@@ -52,6 +52,7 @@ class Problem:
     dtype: Any
     blocks: Blocks
     interpret: bool
+    shared: int = 1
 
     @property
     def chunks(self) -> int:

@@ -29,7 +29,7 @@ class Problem:
     """Sizes of a call.
 
     There is a state for each of `heads` value heads. `group` query heads read one state, or `shared` states have one
-    query and one key head; `constant` gates are tables.
+    query and one key head; `constant` gates are tables. `eps` says that outputs are divided by q (z + eps[1]) + eps[0].
     """
 
     batch: int
@@ -44,6 +44,7 @@ class Problem:
     tiling: Tiling
     interpret: bool
     shared: int = 1
+    eps: tuple[float, float] | None = None
 
     @property
     def steps(self) -> int:
@@ -76,7 +77,7 @@ class Problem:
 
 
 class Weights(NamedTuple):
-    """What the gates of one chunk do for one head; `total` is a row of the state."""
+    """What the gates of one chunk do for one head; `total` is one row."""
 
     pair: jax.Array
     read: jax.Array
@@ -98,7 +99,7 @@ def weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], Weights]:
     if p.constant:
         pair, read, write = refs
         # Tables are as wide as the wider of q and v.
-        return lambda _, h: Weights(pair[h], read[h], write[h], read[h, size - 1 : size, : p.value_width])
+        return lambda _, h: Weights(pair[h], read[h], write[h], read[h, size - 1 : size])
     (sums,) = refs
     exp, add = gates.exponential(p.dtype), functools.partial(functools.reduce, jnp.add)
     count, width = gates.parts(p.dtype), max(size, p.width, p.value_width)
@@ -119,7 +120,7 @@ def weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], Weights]:
             jnp.where(below, exp(exponent), 0),
             exp(add(columns)),
             exp(add(column[size - 1 :] - column for column in columns)),
-            exp(add(column[size - 1 :, : p.value_width] for column in columns)),
+            exp(add(column[size - 1 :] for column in columns)),
         )
 
     return of
@@ -193,8 +194,11 @@ def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.Bl
         "gates": per_head(gates.parts(p.dtype)),
         "sums": per_head(1),
         "two sums": per_head(2),
+        "by query": per_head(p.group),
         "state": pl.BlockSpec((1, *state), lambda b, h, i: (b, h, 0, 0)),
         "starts": pl.BlockSpec((1, starts, *state), lambda b, h, i: (b, when(i), h, 0, 0)),
+        "z": pl.BlockSpec((1, 1, t.heads, p.width), lambda b, h, i: (b, h, 0, 0)),
+        "z starts": pl.BlockSpec((1, starts, 1, t.heads, p.width), lambda b, h, i: (b, when(i), h, 0, 0)),
     }
 
 
@@ -205,26 +209,38 @@ def gate_names(p: Problem) -> tuple[str, ...]:
 
 def forward(
     p: Problem, kernel: Any, name: str, macs: int, operands: Sequence[Operand], *, keep: bool, out_dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Outputs `[B, T, heads * V]`, the state after the last token and, to `keep`, the state before every backward step.
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The results: outputs `[B, T, heads * V]` and the state after the last token; if divided, z and the divisors too.
+
+    And to `keep` the state, and z, before every step of the backward walk.
 
     Args:
       kernel: of the problem, how many chunks lie between states that are kept (0: none is), and the references.
       macs: multiplications of a token and state.
-      operands: the query first, the state before the first token last.
+      operands: the query first.
     """
     every, times, query = p.tiling.chunks if keep else 0, p.tiling.times, operands[0][1]
     p = dataclasses.replace(p, tiling=p.tiling.forward)
-    state = (p.heads, p.width, p.value_width)
-    results = [
-        ("out", shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query)),
-        ("state", shape((p.batch, *state), jnp.float32, query)),
-    ]
-    if keep:
-        results.append(("starts", shape((p.batch, p.steps * times, *state), jnp.float32, query)))
-    kernel, carried = functools.partial(kernel, p, every), pltpu.VMEM((p.tiling.heads, *state[1:]), jnp.float32)
-    out, end, *starts = _call(p, kernel, name, macs, operands, results, [carried], specs(p, starts=times))
-    return out, end, starts[0] if keep else None
+    t, state = p.tiling, (p.width, p.value_width)
+    groups = p.heads // t.heads
+
+    def result(block: str, *sizes: int) -> tuple[str, jax.ShapeDtypeStruct]:
+        return block, shape((p.batch, *sizes), jnp.float32, query)
+
+    out = shape((p.batch, p.length, p.heads * p.group * p.value_width), out_dtype, query)
+    results, kept = (
+        [("out", out), result("state", p.heads, *state)],
+        [result("starts", p.steps * times, p.heads, *state)],
+    )
+    carried = [pltpu.VMEM((t.heads, *state), jnp.float32)]
+    if p.eps is not None:
+        results += [result("z", groups, t.heads, p.width), result("by query", groups, t.heads * p.group, p.padded)]
+        kept.append(result("z starts", p.steps * times, groups, t.heads, p.width))
+        carried.append(pltpu.VMEM((t.heads, p.width), jnp.float32))
+    wanted = [*results, *(kept if keep else [])]
+    kernel = functools.partial(kernel, p, every)
+    found = _call(p, kernel, name, macs, operands, wanted, carried, specs(p, starts=times))
+    return found[: len(results)], found[len(results) :]
 
 
 def backward(

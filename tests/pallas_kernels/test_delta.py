@@ -1,18 +1,24 @@
-"""The kernel of the delta rule, interpreted, against the recurrence token by token: values, states, every gradient."""
+"""The kernels of the delta rule, interpreted, against the recurrence token by token: values, states, every gradient."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jattn import explain
 from jattn.linear.arguments import LinearState
 from jattn.linear.delta_rule import delta_rule as op
 from jattn.linear.delta_rule import token_scan
-from pallas_kernels.linear import delta, delta_rule, solve, tiling
+from pallas_kernels.linear import delta, delta_gpu, delta_rule, solve, tiling
+from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 
 SMALL = Tiling(chunk=16, chunks=2, heads=1, lag=1, times=2)
+ON_GPU = Blocks(chunk=16, tile=8, value_tile=8)
 NAMES = ("out", "end", "query", "key", "value", "beta", "gate", "initial")
+
+each_kernel = pytest.mark.parametrize("blocks", [SMALL, ON_GPU], ids=["tpu", "gpu"])
+each_chosen_cut = pytest.mark.parametrize("blocks", [None, delta_gpu.choose(jnp.bfloat16)], ids=["tpu", "gpu"])
 
 
 def operands(sizes, *, constant=False, dtype=jnp.float32, decay=1.0, alike=0.0):
@@ -50,61 +56,89 @@ def reference(arguments, cotangents, segment_ids=None):
 
 
 def errors(arguments, cotangents, segment_ids=None, blocks=None):
-    """RMS of the difference over RMS of the definition, for outputs and gradients."""
+    """RMS of the difference over RMS of the definition, for outputs and gradients; `blocks` say of which kernel."""
+    platform = "interpret_gpu" if isinstance(blocks, Blocks) else "interpret"
 
     def fused(query, key, value, beta, gate, state):
         gates = (gate, segment_ids, state)
-        return delta_rule(query, key, value, beta, *gates, scale=0.7, platform="interpret", blocks=blocks)
+        return delta_rule(query, key, value, beta, *gates, scale=0.7, platform=platform, blocks=blocks)
 
     got = gradients_of(fused, arguments, cotangents)
     want = reference(*jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, cotangents)), segment_ids)
     return {name: np.sqrt(np.mean((got[name] - want[name]) ** 2) / np.mean(want[name] ** 2)) for name in NAMES}
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["tpu", "gpu"])
 @pytest.mark.parametrize(
     ("sizes", "constant"),
     [
         ((2, 37, 3, 3, 3, 7, 5), False),
         ((1, 64, 2, 2, 2, 7, 5), True),
-        ((1, 53, 6, 3, 3, 5, 7), False),
+        ((1, 53, 6, 3, 3, 5, 19), False),
         ((2, 37, 2, 2, 4, 7, 5), False),
     ],
     ids=("ragged", "constant", "grouped", "more values than keys"),
 )
-def test_values_and_gradients_are_the_definition(sizes, constant):
-    blocks = Tiling(16, 2, 2 if sizes[4] == 4 else 1, 1)
+def test_values_and_gradients_are_the_definition(sizes, constant, on_gpu):
+    blocks = ON_GPU if on_gpu else Tiling(16, 2, 2 if sizes[4] == 4 else 1, 1)
     for name, error in errors(*operands(sizes, constant=constant), blocks=blocks).items():
         assert error < 1e-5, name
 
 
-def test_the_chosen_cut_is_the_definition():
-    for name, error in errors(*operands((1, 150, 2, 2, 2, 16, 8))).items():
+@each_chosen_cut
+def test_the_chosen_cut_is_the_definition(blocks):
+    for name, error in errors(*operands((1, 150, 2, 2, 2, 16, 8)), blocks=blocks).items():
         assert error < 1e-5, name
 
 
-def test_segments_are_sequences_of_their_own():
+@each_kernel
+def test_segments_are_sequences_of_their_own(blocks):
     ids = jnp.repeat(jnp.asarray([3, 4, 9]), jnp.asarray([5, 19, 13]), total_repeat_length=37)[None]
-    for name, error in errors(*operands((1, 37, 2, 2, 2, 7, 5)), segment_ids=ids, blocks=SMALL).items():
+    for name, error in errors(*operands((1, 37, 2, 2, 2, 7, 5)), segment_ids=ids, blocks=blocks).items():
         assert error < 1e-5, name
 
 
-def test_gates_that_forget_all_are_finite_and_right():
-    for name, error in errors(*operands((1, 37, 2, 2, 2, 7, 5), decay=20.0), blocks=SMALL).items():
+@each_kernel
+def test_gates_that_forget_all_are_finite_and_right(blocks):
+    for name, error in errors(*operands((1, 37, 2, 2, 2, 7, 5), decay=20.0), blocks=blocks).items():
         # A gate of -20 has a gradient near 1e-9 of others, left over from sums of others.
         assert error < (2e-5 if name == "gate" else 1e-5), name
 
 
-def test_keys_that_are_nearly_alike():
+@each_chosen_cut
+def test_keys_that_are_nearly_alike(blocks):
     """The triangular system is then far from the identity: entries of its powers reach 1e5."""
-    for name, error in errors(*operands((1, 128, 2, 2, 2, 16, 8), alike=0.8, decay=0.01)).items():
+    for name, error in errors(*operands((1, 128, 2, 2, 2, 16, 8), alike=0.8, decay=0.01), blocks=blocks).items():
         assert error < 1e-5, name
 
 
-def test_bfloat16_operands():
+@each_chosen_cut
+def test_one_key_whose_value_is_mirrored_by_every_token(blocks):
+    (query, key, value, beta, gate, state), cotangents = operands((1, 150, 2, 2, 2, 16, 8), alike=1.0)
+    arguments = query, key, value, jnp.full_like(beta, 2), 1e-3 * gate, state
+    for name, error in errors(arguments, cotangents, blocks=blocks).items():
+        # Nothing is ever forgotten, so that what 150 tokens round adds up.
+        assert error < 3e-5, name
+
+
+@each_chosen_cut
+def test_bfloat16_operands(blocks):
     """Single products of bfloat16 round by 2 ** -9; gates and beta gather the errors of several."""
-    found = errors(*operands((1, 150, 2, 2, 2, 32, 32), dtype=jnp.bfloat16))
+    found = errors(*operands((1, 150, 2, 2, 2, 32, 32), dtype=jnp.bfloat16), blocks=blocks)
     for name, error in found.items():
         assert error < (1e-2 if name in ("gate", "beta") else 5e-3), name
+
+
+def test_what_a_gpu_keeps_for_the_backward_pass_is_the_arguments():
+    arguments, _ = operands((1, 150, 2, 2, 2, 16, 8))
+
+    def kept(*arguments):
+        def fused(query, key, value, beta, gate, state):
+            return delta_rule(query, key, value, beta, gate, None, state, scale=0.7, platform="interpret_gpu")
+
+        return jax.vjp(fused, *arguments)[1]
+
+    assert sum(x.size for x in jax.tree.leaves(jax.eval_shape(kept, *arguments))) <= sum(x.size for x in arguments)
 
 
 def test_gates_that_want_no_gradient_cost_none():
@@ -121,6 +155,12 @@ def test_gates_that_want_no_gradient_cost_none():
     want = reference(arguments, cotangents)
     for got, name in zip(gradients, ("query", "key", "value", "beta", "initial"), strict=True):
         np.testing.assert_allclose(got, want[name], rtol=2e-4, atol=1e-5)
+
+
+def test_the_op_chooses_the_kernel_of_a_platform():
+    (query, key, value, *_), _ = operands((1, 21, 2, 2, 4, 7, 5))
+    (decision,) = explain(op, query, key, value)
+    assert decision.chosen == {"cpu": "xla", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
 def test_the_op_on_the_kernel():
@@ -147,6 +187,7 @@ def test_the_inverse_of_a_triangle(chunk):
         ({"gates": (1, 8, 1, 4)}, "not for each channel"),
         ({"heads": (4, 1, 2)}, "shares a state among queries or a key among states, not both"),
         ({"width": 4096}, "does not fit the kernel's 64 MiB; heads of 1024 x 1024 do"),
+        ({"width": 256, "platform": "gpu"}, "at most 128 channels in float32, not 256 and 256"),
     ],
 )
 def test_what_the_kernel_does_not_do(change, message):
@@ -154,7 +195,7 @@ def test_what_the_kernel_does_not_do(change, message):
     operands = [jax.ShapeDtypeStruct((1, 8, heads, width), dtype) for heads in change.get("heads", (1, 1, 1))]
     gates = jax.ShapeDtypeStruct(change.get("gates", (1, 8, 1)), np.float32)
     with pytest.raises(NotImplementedError, match=message):
-        delta.check(*operands, gates)
+        delta.check(*operands, gates, platform=change.get("platform", "tpu"))
 
 
 def test_a_cut_keeps_the_states_of_a_key_head_together():
