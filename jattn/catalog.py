@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+from jattn.masks import Causal, SlidingWindow
+
 Feature = Literal[
     "bias", "mask", "grouped_heads", "value_dim", "cross", "lse", "segments", "state", "decay", "channel_decay",
     "feature_map", "sinks", "soft_cap",
@@ -91,6 +93,17 @@ CATALOG: tuple[Entry, ...] = (
         causality="may",
         features=frozenset({"grouped_heads", "value_dim", "cross", "lse", "segments", "sinks", "soft_cap"}),
         example=MappingProxyType({"window": 5}),
+    ),
+    Entry(
+        name="block_sparse",
+        op="jattn.sparse.block_sparse:block_sparse_attention",
+        summary="softmax attention over listed blocks, under any mask and score function",
+        paper="Dong et al. 2024, section 3",
+        cost="pairs of blocks x block size (H + V)",
+        causality="may",
+        features=frozenset({"grouped_heads", "value_dim", "cross", "lse", "segments", "sinks", "soft_cap"}),
+        example=MappingProxyType({"block_mask": Causal() & SlidingWindow(4)}),
+        golden="block_sparse",
     ),
     Entry(
         name="linear",

@@ -140,7 +140,7 @@ def check_values(name: str, x: Any, wrong: Callable[[Any], Any], message: str) -
     if x is None or isinstance(x, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
-        if jnp.any(wrong(x)):
+        if np.any(wrong(x)):
             raise ValueError(f"{name}: {message}")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from jattn.checks import (
 )
 from jattn.dispatch import Choice, Implementation, dispatch
 from jattn.masks import Causal, Full, Mask
-from jattn.softmax_tile import Score
+from jattn.softmax_tile import Score, dropout_factors
 
 SegmentIds = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
 
@@ -92,7 +92,7 @@ def dot_product_attention(
     pairs = (sizes["B"], sizes["N"], sizes["T"], sizes["S"])
     if bias is not None:
         check_broadcastable("bias", bias, pairs, "B N T S")
-        _check_addend("bias", bias, query)
+        check_addend("bias", bias, query)
     symbolic, mask_array = _split_mask(mask, pairs)
     if is_causal:
         check_causal_lengths(sizes["T"], sizes["S"])
@@ -111,8 +111,15 @@ def dot_product_attention(
     return (out, lse) if return_lse else out
 
 
-@functools.partial(jax.jit, static_argnames=("mask", "score"))
-def dense_attention(operands: Operands, *, mask: Mask, score: Score) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("mask", "score", "score_mod", "dropout_rate"))
+def dense_attention(
+    operands: Operands,
+    *,
+    mask: Mask,
+    score: Score,
+    score_mod: Callable[..., Array] | None = None,
+    dropout_rate: float = 0.0,
+) -> tuple[Array, Array]:
     """The definition, with all `T x S` logits at once and derivatives by JAX; `(out, lse)`."""
     x = operands
     batch, q_len, heads, _ = x.query.shape
@@ -128,11 +135,14 @@ def dense_attention(operands: Operands, *, mask: Mask, score: Score) -> tuple[Ar
     z = jnp.einsum("btkgh,bskh->bkgts", query, x.key, preferred_element_type=acc) * score.scale
     if x.bias is not None:
         z = z + per_pair(x.bias).astype(acc)
+    batch_pos, head = jnp.arange(batch).reshape(-1, 1, 1, 1, 1), jnp.arange(heads).reshape(*grouped, 1, 1)
+    where = batch_pos, head, jnp.arange(q_len)[:, None], jnp.arange(kv_len)[None, :]
+    if score_mod is not None:
+        z = score_mod(z, *where, *(x.captured or ())).astype(acc)
     if score.soft_cap is not None:
         z = score.soft_cap * jnp.tanh(z / score.soft_cap)
 
-    head = jnp.arange(heads).reshape(*grouped, 1, 1)
-    allowed = mask.elem(jnp.arange(q_len)[:, None], jnp.arange(kv_len)[None, :], head)
+    allowed = mask.elem(*where[2:], head)
     if x.mask is not None:
         allowed = allowed & per_pair(x.mask)
     if x.q_segments is not None and x.kv_segments is not None:
@@ -150,7 +160,10 @@ def dense_attention(operands: Operands, *, mask: Mask, score: Score) -> tuple[Ar
         l = l + jnp.exp(sinks - m)
     seen = l > 0
     l = jnp.where(seen, l, 1)
-    out = jnp.einsum("bkgts,bskv->btkgv", (p / l[..., None]).astype(x.value.dtype), x.value, preferred_element_type=acc)
+    p = p / l[..., None]
+    if x.seed is not None:
+        p = p * dropout_factors(x.seed, *where, dropout_rate, acc)
+    out = jnp.einsum("bkgts,bskv->btkgv", p.astype(x.value.dtype), x.value, preferred_element_type=acc)
     lse = jnp.where(seen, m + jnp.log(l), -jnp.inf)
     return (
         out.reshape(batch, q_len, heads, -1).astype(x.query.dtype),
@@ -216,8 +229,8 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> dict[str, int]:
     return sizes
 
 
-def varying_alike(operands: Operands) -> Operands:
-    """Inside `shard_map`: every operand marked as varying over the mesh axes that any of them varies over.
+def varying_alike[Tree](operands: Tree) -> Tree:
+    """Inside `shard_map`: every array marked as varying over the mesh axes that any of them varies over.
 
     A custom gradient rule has to give each operand a gradient of its own type, while that of replicated sinks is a
     sum over the devices: the transpose of this mark.
@@ -235,7 +248,7 @@ def varying_alike(operands: Operands) -> Operands:
 def check_sinks(sinks: Any, query: Any, sizes: dict[str, int]) -> None:
     if sinks is not None:
         bind_shapes(("sinks", sinks, "N"), N=sizes["N"])
-        _check_addend("sinks", sinks, query)
+        check_addend("sinks", sinks, query)
 
 
 def make_score(scale: Any, logits_soft_cap: Any, head_dim: int) -> Score:
@@ -277,7 +290,7 @@ def split_segment_ids(segment_ids: Any, sizes: dict[str, int]) -> tuple[Array | 
     return q_ids, kv_ids
 
 
-def _check_addend(name: str, x: Any, query: Any) -> None:
+def check_addend(name: str, x: Any, query: Any) -> None:
     """`x` may be added to logits without losing digits."""
     check_floating(**{name: x})
     acc = accumulator_dtype(query.dtype)

@@ -8,35 +8,59 @@ from __future__ import annotations
 
 import html
 import itertools
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int
 
 from jattn.checks import check_count
 
 if TYPE_CHECKING:
     from jattn.masks import Mask
 
-_TEXT_CELLS, _SVG_CELLS = 36, 64
+TEXT_CELLS, SVG_CELLS = 36, 64
 _GLYPHS = np.array(["· ", "▒▒", "██"])
 
 
 def picture(mask: Mask, q_len: int = 32, kv_len: int | None = None) -> str:
     """`mask` in block characters with labelled axes; `kv_len=None` is `q_len`."""
-    kinds, block, caption = _cells(mask, q_len, kv_len, _TEXT_CELLS)
-    last = block * (kinds.shape[1] - 1)
-    width = max(len("queries"), len(str(q_len)))
-    head = f"{0:<{max(2 * kinds.shape[1] - len(str(last)), 1)}}{last if last else ''}".rstrip()
-    lines = [caption, f"{'':{width}}  keys", f"{'queries':>{width}}  {head}"]
-    lines += [
-        f"{row * block:>{width}}  {''.join(_GLYPHS[kinds_of_row]).rstrip()}" for row, kinds_of_row in enumerate(kinds)
-    ]
-    return "\n".join(lines)
+    kinds, block, caption = _cells(mask, q_len, kv_len, TEXT_CELLS)
+    return draw_text(kinds, (block, block), caption)
 
 
 def svg(mask: Mask, q_len: int = 32, kv_len: int | None = None) -> str:
-    """`mask` as an SVG image in colours that read on light and on dark backgrounds."""
-    kinds, _, caption = _cells(mask, q_len, kv_len, _SVG_CELLS)
+    """`mask` as an SVG image."""
+    kinds, _, caption = _cells(mask, q_len, kv_len, SVG_CELLS)
+    return draw_svg(kinds, caption)
+
+
+def coarse(kinds: Int[np.ndarray, "rows cols"], most: int) -> tuple[Int[np.ndarray, "cells columns"], int]:
+    """The kinds of at most `most` by `most` cells, and how many of `kinds` a cell is high and wide."""
+    size = math.ceil(max(kinds.shape) / most)
+    if size == 1:
+        return kinds, 1
+    beyond = [(0, -n % size) for n in kinds.shape]
+
+    def cells(filler: int) -> np.ndarray:
+        padded = np.pad(kinds, beyond, constant_values=filler)
+        return padded.reshape(padded.shape[0] // size, size, padded.shape[1] // size, size)
+
+    return cells(0).any(axis=(1, 3)) * 1 + (cells(2) == 2).all(axis=(1, 3)), size
+
+
+def draw_text(kinds: Int[np.ndarray, "rows cols"], cell: tuple[int, int], caption: str) -> str:
+    """The kinds of cells of `cell = (queries, keys)` positions in block characters."""
+    first, last = cell[0] * (len(kinds) - 1), cell[1] * (kinds.shape[1] - 1)
+    width = max(len("queries"), len(str(first)))
+    head = f"{0:<{max(2 * kinds.shape[1] - len(str(last)), 1)}}{last if last else ''}".rstrip()
+    lines = [caption, f"{'':{width}}  keys", f"{'queries':>{width}}  {head}"]
+    lines += [f"{row * cell[0]:>{width}}  {''.join(_GLYPHS[line]).rstrip()}" for row, line in enumerate(kinds)]
+    return "\n".join(lines)
+
+
+def draw_svg(kinds: Int[np.ndarray, "rows cols"], caption: str) -> str:
+    """The kinds of cells in colours that read on light and on dark backgrounds."""
     rows, cols = kinds.shape
     cell, left, top = 10, 24, 40
     width, height = max(left + cols * cell + 6, 8 * len(caption)), top + rows * cell + 6

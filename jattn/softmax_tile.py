@@ -2,18 +2,21 @@
 
 For queries q_t, keys k_s and values v_s of a tile, with everything but operands and outputs in the accumulator dtype:
 
-    x_ts = scale <q_t, k_s> + bias_ts       z_ts = c tanh(x_ts / c)  with a soft cap c, else x_ts
+    y_ts = scale <q_t, k_s> + bias_ts       x_ts = f(y_ts)       z_ts = c tanh(x_ts / c)  with a soft cap c, else x_ts
 
-Forward, over any number of tiles in any order, from m = -inf, l = 0, acc = 0 (with a sink: m = sink, l = 1):
+f is the identity or a function that the caller gives, differentiated by JAX; r_ts is 1 or, with dropout, at random 0 or
+1 / (1 - rate). Forward, over any number of tiles in any order, from m = -inf, l = 0, acc = 0 (with a sink: m = sink,
+l = 1):
 
     m' = max(m, max_s z_ts)             p_ts = exp(z_ts - m')
-    l' = exp(m - m') l + sum_s p_ts     acc' = exp(m - m') acc + sum_s p_ts v_s
+    l' = exp(m - m') l + sum_s p_ts     acc' = exp(m - m') acc + sum_s r_ts p_ts v_s
     o = acc / l,  lse = m + log l       (l = 0: o = 0, lse = -inf)
 
 Backward, from lse and delta_t = <do_t, o_t> - dlse_t:
 
-    p_ts = exp(z_ts - lse_t)  dz_ts = p_ts (<do_t, v_s> - delta_t)   dx_ts = dz_ts (1 - (z_ts / c)^2)
-    dv_s = sum_t p_ts do_t    dq_t = scale sum_s dx_ts k_s           dk_s = scale sum_t dx_ts q_t      dbias_ts = dx_ts
+    p_ts = exp(z_ts - lse_t)      dz_ts = p_ts (r_ts <do_t, v_s> - delta_t)   dx_ts = dz_ts (1 - (z_ts / c)^2)
+    dy_ts = f'(y_ts) dx_ts        dq_t = scale sum_s dy_ts k_s                dk_s = scale sum_t dy_ts q_t
+    dbias_ts = dy_ts              dv_s = sum_t r_ts p_ts do_t
 
 A pair that is not allowed has p = dz = 0 by selection, never by a large negative number. The operands of the products
 are multiplied by that 0: keys and values in a visited tile must be finite even where they are masked.
@@ -24,10 +27,12 @@ Queries are `[..., G, t, H]` (G query heads share one key head), keys `[..., s, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from jattn.checks import accumulator_dtype
 
@@ -37,6 +42,25 @@ class Score(NamedTuple):
 
     scale: float
     soft_cap: float | None
+
+
+class Tile(NamedTuple):
+    """What is attended to; the fields from `bias` on may be `None` and broadcast to `[..., G, t, s]`.
+
+    Attributes:
+      allowed: who sees whom.
+      keep: what dropout multiplies a probability by, 0 or 1 / (1 - rate).
+      modify: the function f, `modify(y, parameters) -> x`, with its differentiable `parameters`.
+    """
+
+    query: Float[Array, "... G t H"]
+    key: Float[Array, "... s H"]
+    value: Float[Array, "... s V"]
+    bias: Float[Array, ...] | None = None
+    allowed: Bool[Array, ...] | None = None
+    keep: Float[Array, ...] | None = None
+    modify: Callable[[Array, Any], Array] | None = None
+    parameters: Any = None
 
 
 class State(NamedTuple):
@@ -54,6 +78,7 @@ class Gradients(NamedTuple):
     key: Float[Array, "... s H"]
     value: Float[Array, "... s V"]
     logits: Float[Array, "... G t s"]
+    parameters: Any
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
@@ -61,11 +86,13 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=accumulator_dtype(a.dtype))
 
 
-def logits(query: Array, key: Array, bias: Array | None, score: Score) -> Float[Array, "... G t s"]:
-    z = _dot("...gth,...sh->...gts", query, key) * score.scale
-    if bias is not None:
-        z = z + bias.astype(z.dtype)
-    return z if score.soft_cap is None else score.soft_cap * jnp.tanh(z / score.soft_cap)
+def _scores(tile: Tile, score: Score) -> Float[Array, "... G t s"]:
+    y = _dot("...gth,...sh->...gts", tile.query, tile.key) * score.scale
+    return y if tile.bias is None else y + tile.bias.astype(y.dtype)
+
+
+def _capped(x: Array, score: Score) -> Array:
+    return x if score.soft_cap is None else score.soft_cap * jnp.tanh(x / score.soft_cap)
 
 
 def initial_state(query: Array, value_dim: int, sinks: Float[Array, "... G"] | None) -> State:
@@ -78,20 +105,19 @@ def initial_state(query: Array, value_dim: int, sinks: Float[Array, "... G"] | N
     return State(zero + sinks.astype(acc_dtype)[..., None], zero + 1, acc)
 
 
-def absorb(
-    state: State, query: Array, key: Array, value: Array, bias: Array | None, allowed: Bool[Array, ...] | None,
-    score: Score,
-) -> State:  # fmt: skip
+def absorb(state: State, tile: Tile, score: Score) -> State:
     """The state after one more tile."""
-    z = logits(query, key, bias, score)
-    if allowed is not None:
-        z = jnp.where(allowed, z, -jnp.inf)
+    y = _scores(tile, score)
+    z = _capped(y if tile.modify is None else tile.modify(y, tile.parameters), score)
+    if tile.allowed is not None:
+        z = jnp.where(tile.allowed, z, -jnp.inf)
     m = jnp.maximum(state.m, jnp.max(z, axis=-1))
     finite = jnp.where(m == -jnp.inf, 0, m)  # so that exp never meets inf - inf, and masked pairs give exp(-inf) = 0
     p = jnp.exp(z - finite[..., None])
     decay = jnp.exp(state.m - finite)
     l = state.l * decay + jnp.sum(p, axis=-1)
-    acc = state.acc * decay[..., None] + _dot("...gts,...sv->...gtv", p.astype(value.dtype), value)
+    kept = p if tile.keep is None else p * tile.keep
+    acc = state.acc * decay[..., None] + _dot("...gts,...sv->...gtv", kept.astype(tile.value.dtype), tile.value)
     return State(m, l, acc)
 
 
@@ -117,22 +143,51 @@ def sink_gradient(sinks: Array, shift: Array, delta: Array, axes: tuple[int, ...
     return -jnp.sum(jnp.exp(sinks.astype(shift.dtype) - shift) * delta, axis=axes)
 
 
-def gradients(
-    query: Array, key: Array, value: Array, bias: Array | None, allowed: Bool[Array, ...] | None,
-    shift: Array, delta: Array, d_out: Array, score: Score,
-) -> Gradients:  # fmt: skip
+def gradients(tile: Tile, shift: Array, delta: Array, d_out: Array, score: Score) -> Gradients:
     """What one tile adds to the gradients, all in the accumulator dtype."""
-    z = logits(query, key, bias, score)
+    x, d_parameters = _scores(tile, score), None
+    if tile.modify is not None:
+        x, pull_back = jax.vjp(tile.modify, x, tile.parameters)
+    z = _capped(x, score)
     p = jnp.exp(z - shift[..., None])
-    dz = p * (_dot("...gtv,...sv->...gts", d_out, value) - delta[..., None])
+    d_p = _dot("...gtv,...sv->...gts", d_out, tile.value)
+    dy = p * ((d_p if tile.keep is None else d_p * tile.keep) - delta[..., None])
     if score.soft_cap is not None:
-        dz = dz * (1 - (z / score.soft_cap) ** 2)
-    if allowed is not None:
-        p, dz = jnp.where(allowed, p, 0), jnp.where(allowed, dz, 0)
-    d_product = dz.astype(query.dtype)
+        dy = dy * (1 - (z / score.soft_cap) ** 2)
+    if tile.allowed is not None:
+        p, dy = jnp.where(tile.allowed, p, 0), jnp.where(tile.allowed, dy, 0)
+    if tile.modify is not None:
+        dy, d_parameters = pull_back(dy)
+        if tile.allowed is not None:  # elsewhere the caller's derivative may be anything
+            dy = jnp.where(tile.allowed, dy, 0)
+    if tile.keep is not None:
+        p = p * tile.keep
+    d_product = dy.astype(tile.query.dtype)
     return Gradients(
-        query=_dot("...gts,...sh->...gth", d_product, key) * score.scale,
-        key=_dot("...gts,...gth->...sh", d_product, query) * score.scale,
+        query=_dot("...gts,...sh->...gth", d_product, tile.key) * score.scale,
+        key=_dot("...gts,...gth->...sh", d_product, tile.query) * score.scale,
         value=_dot("...gts,...gtv->...sv", p.astype(d_out.dtype), d_out),
-        logits=dz,
+        logits=dy,
+        parameters=d_parameters,
     )
+
+
+def dropout_factors(
+    seed: UInt32[Array, ""], batch: Array, head: Array, q_pos: Array, kv_pos: Array, rate: float, dtype: Any
+) -> Float[Array, ...]:
+    """0 with probability `rate` and else 1 / (1 - rate), from a hash of the seed and where the pair is.
+
+    The four integer arrays broadcast against each other. Arithmetic is modulo 2^32, so the bits are the same on every
+    backend and for any cut into blocks. `mix` is the finaliser lowbias32 of Chris Wellons' hash prospector.
+    """
+
+    def mix(x: Array) -> Array:
+        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+        return x ^ (x >> 16)
+
+    bits = jnp.uint32(0x9E3779B9)
+    for place in (seed, batch, head, q_pos, kv_pos):  # the larger arrays come last: all pairs need one `mix` only
+        bits = mix(bits * jnp.uint32(0x9E3779B9) + jnp.asarray(place).astype(jnp.uint32))
+    dropped = bits < jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return jnp.where(dropped, 0, jnp.asarray(1 / (1 - rate), dtype))

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from jattn import catalog, masks
 from jattn.linear.recurrence import LinearState
+from jattn.sparse.block_mask import BlockMask
 
 B, T, N, K, H, V = 2, 13, 6, 3, 5, 7
 MAPS = ("query_weight", "key_weight", "query_bias", "key_bias")
-ARRAYS = ("query", "key", "value", "bias", "sinks", "beta", "log_decay", "slopes", "gamma", *MAPS)
+ARRAYS = ("query", "key", "value", "bias", "kv_bias", "sinks", "beta", "log_decay", "slopes", "gamma", *MAPS)
 OPERANDS = ("query", "key", "value")
 UNSCALED = ("linear", "lightning")
 
@@ -33,6 +34,7 @@ def good(entry: catalog.Entry) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shapes = {
         "query": (B, T, N, H), "key": (B, T, K, H), "value": (B, T, K, V), "bias": (B, N, T, T), "sinks": (N,),
+        "kv_bias": (B, K, T),
         "log_decay": (B, T, K, H) if "channel_decay" in entry.features else (B, T, K), "slopes": (K,), "gamma": (K,),
         "beta": (B, T, K), "query_weight": (N, H, H), "key_weight": (K, H, H), "query_bias": (N, H), "key_bias": (K, H),
     }  # fmt: skip
@@ -125,7 +127,12 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
         left, right = x["window"] if isinstance(x["window"], tuple) else (x["window"] - 1, 0)
         distance = distance + x.get("offset", 0)
         allowed = allowed & (distance <= left) & (distance >= -right)
+    if "block_mask" in x:
+        symbolic = isinstance(x["block_mask"], masks.Mask)
+        allowed = allowed & (x["block_mask"].dense(*distance.shape) if symbolic else x["block_mask"].to_dense())
     logits = x.get("scale", scale) * products + wide.get("bias", 0)
+    if "kv_bias" in wide:
+        logits = logits + np.repeat(wide["kv_bias"], groups, axis=1)[:, :, None]
     if "logits_soft_cap" in x:
         logits = x["logits_soft_cap"] * np.tanh(logits / x["logits_soft_cap"])
     weights = np.where(allowed, np.exp(logits), 0)
@@ -224,6 +231,13 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "mask": ("causal", None, 1.0, [True], np.ones((B, 1, 1, T), np.float32), np.ones((T, T), bool),
              np.ones((B, N, T, T - 1), bool), np.ones((B, 2, T, T), bool), np.ones((1, 1, 1, T), bool),
              np.ones((B, T), bool), masks.Causal, np.ones((B, 1, 1, T), np.int32)),
+    "block_mask": (None, "causal", True, np.ones((T, T), bool), masks.Causal, masks.Full(), masks.SlidingWindow(2, 1),
+                   BlockMask.from_expr(masks.Causal(1), T, T, 4, 8), BlockMask.from_expr(masks.Causal(), T, T + 1),
+                   *[BlockMask.from_dense(np.ones((*lists, T, T), bool)) for lists in ((1, 4), (3, 1))]),
+    "score_mod": (None, 1, "alibi", lambda score, *where: score, lambda *_: 0.0, lambda score, *where: score[0]),
+    "captured": (None, (), [0.5], (0.5,), np.ones(3), (np.ones(3),)),
+    "dropout_rate": (*NUMBERS, 0.0, 0.5, 1.0),
+    "dropout_seed": (*NUMBERS, 7, 2**32, np.int32(5)),
     "implementation": ("cuda", "", (), ("xla", "cuda"), ("reference",)),
     "segment_ids": ((), (IDS,), (IDS, None), (IDS, IDS[:, 1:]), (IDS, IDS), [IDS] * 3),
 }  # fmt: skip

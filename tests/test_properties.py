@@ -106,6 +106,7 @@ def arguments(
     }
     if every:
         makers["bias"] = lambda: normal((batch, N, length, length))
+        makers["kv_bias"] = lambda: normal((batch, kv_heads, length))
         makers["initial_state"] = lambda: state_of(entry, kv_heads, value_dim, rng)
     made = {name: make() for name, make in makers.items() if name in parameters(entry)}
     dtypes = {"initial_state": jnp.promote_types(dtype, np.float32)}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jattn.blockwise import (
     Operands,
@@ -44,6 +44,7 @@ from jattn.dot_product import (
 from jattn.masks import Causal, Mask
 from jattn.softmax_tile import (
     Score,
+    Tile,
     absorb,
     finish,
     gradients,
@@ -183,9 +184,9 @@ def _attention(plan: _Plan, x: Operands) -> tuple[Array, Array]:
     stacks = _stack(plan, x)
 
     def group(_: None, index: Array) -> tuple[None, tuple[Array, Array]]:
-        query, key, value, allowed = _cut(plan, x, stacks, index)
-        state = initial_state(query, value.shape[-1], grouped_sinks(x))
-        return None, finish(absorb(state, query, key, value, None, allowed, plan.score))
+        tile = _cut(plan, x, stacks, index)
+        state = initial_state(tile.query, tile.value.shape[-1], grouped_sinks(x))
+        return None, finish(absorb(state, tile, plan.score))
 
     _, (out, lse) = jax.lax.scan(group, None, jnp.arange(plan.groups))
     shape = x.query.shape[:3]
@@ -208,9 +209,8 @@ def _backward(
     rows = tuple(to_blocks(grouped(x, a), plan.block, plan.rows) for a in (shift[..., None], delta[..., None], d_out))
 
     def group(sums: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Array]:
-        query, key, value, allowed = _cut(plan, x, stacks, index)
         shift, delta, d_out = (jax.lax.dynamic_slice_in_dim(a, index * plan.per_group, plan.per_group) for a in rows)
-        tile = gradients(query, key, value, None, allowed, shift[..., 0], delta[..., 0], d_out, plan.score)
+        tile = gradients(_cut(plan, x, stacks, index), shift[..., 0], delta[..., 0], d_out, plan.score)
         d_key, d_value = sums
         return (_add_spans(plan, d_key, tile.key, index), _add_spans(plan, d_value, tile.value, index)), tile.query
 
@@ -240,7 +240,7 @@ def _stack(plan: _Plan, x: Operands) -> Stacks:
     return Stacks(query, _shifted(plan, x.key), _shifted(plan, x.value), q_segments, kv_segments)
 
 
-def _cut(plan: _Plan, x: Operands, stacks: Stacks, index: Array) -> tuple[Array, Array, Array, Bool[Array, ...]]:
+def _cut(plan: _Plan, x: Operands, stacks: Stacks, index: Array) -> Tile:
     """A group's queries `[p, B, K, G, b, H]`, their spans of keys and values `[p, B, K, span b, .]`, who sees whom."""
     first = index * plan.per_group
     query = jax.lax.dynamic_slice_in_dim(stacks.query, first, plan.per_group)
@@ -252,10 +252,11 @@ def _cut(plan: _Plan, x: Operands, stacks: Stacks, index: Array) -> tuple[Array,
     position = starts.reshape(-1, 1, 1, 1, 1, 1) + j
     allowed = band & (position >= 0) & (position < x.key.shape[1])
     if stacks.q_segments is None or stacks.kv_segments is None:
-        return query, key, value, allowed
+        return Tile(query, key, value, allowed=allowed)
     q_ids = jax.lax.dynamic_slice_in_dim(stacks.q_segments, first, plan.per_group)
     kv_ids = _spans(plan, stacks.kv_segments, first)
-    return query, key, value, allowed & (q_ids == jnp.swapaxes(kv_ids, -1, -2))[:, :, None, None]
+    allowed = allowed & (q_ids == jnp.swapaxes(kv_ids, -1, -2))[:, :, None, None]
+    return Tile(query, key, value, allowed=allowed)
 
 
 def _spans(plan: _Plan, stack: Array, first: Array) -> Array:

@@ -1,0 +1,562 @@
+"""Attention over listed blocks against its definition, in float64 with every gradient, and what it costs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jattn.dot_product import dot_product_attention, merge_attentions
+from jattn.masks import Causal, Fn, Full, SlidingWindow
+from jattn.softmax_tile import dropout_factors
+from jattn.sparse.block_mask import BlockMask
+from jattn.sparse.block_sparse import block_sparse_attention
+
+B, T, S, N, K, H, V = 2, 29, 37, 6, 3, 5, 7
+IMPLEMENTATIONS = ("reference", "xla")
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# Most of the time here is LLVM's; what it would optimise away is not what is tested.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+class Inputs(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    kv_bias: Any = None
+    sinks: Any = None
+    captured: Any = ()
+
+
+def inputs(q_len: int = T, kv_len: int = S, dtype: Any = np.float64, *, extras: bool = False) -> Inputs:
+    rng = np.random.default_rng(q_len)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    x = Inputs(normal(B, q_len, N, H), normal(B, kv_len, K, H), normal(B, kv_len, K, V))
+    if not extras:
+        return x
+    table = {"slopes": normal(N), "relative": normal(B, q_len + kv_len), "shift": np.array([kv_len])}
+    return x._replace(kv_bias=normal(B, K, kv_len), sinks=normal(N), captured=(normal(N), table))
+
+
+def score_mod(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any, temperature: Any, table: Any) -> Any:
+    """ALiBi's slopes, a table of relative positions, a temperature of each head and an integer that has no gradient."""
+    relative = table["relative"][b, q_pos - kv_pos + table["shift"][0]]
+    return score * temperature[h] + table["slopes"][h] * (q_pos - kv_pos) / 10 + relative
+
+
+def random_mask(*lists: int, q_len: int = T, kv_len: int = S) -> np.ndarray:
+    """Empty, partial and full blocks; queries 16 .. 23 see nothing, nor does query 3 of a block that is listed."""
+    mask = np.random.default_rng(1).random((*lists, q_len, kv_len)) < 0.4
+    mask[..., 8:16, 5:20] = True
+    mask[..., 16:24, :] = False
+    mask[..., 3:4, :] = False
+    return mask
+
+
+def definition(x: Inputs, mask: Any, *, cap: float | None = None, keep: Any = 1.0) -> tuple[Any, Any]:
+    """The formulas, with all pairs at once; mask `[#B, #N, T, S]`."""
+    query, key, value = (jnp.moveaxis(a, 2, 1) for a in x[:3])
+    key, value = (jnp.repeat(a, N // K, axis=1) for a in (key, value))
+    z = jnp.einsum("bnth,bnsh->bnts", query, key) * H**-0.5
+    if x.kv_bias is not None:
+        z = z + jnp.repeat(x.kv_bias, N // K, axis=1)[:, :, None]
+    if x.captured:
+        temperature, table = x.captured
+        distance = np.arange(z.shape[2])[:, None] - np.arange(z.shape[3])
+        z = z * temperature[:, None, None] + table["slopes"][:, None, None] * distance / 10
+        z = z + table["relative"][:, None][:, :, distance + z.shape[3]]
+    if cap is not None:
+        z = cap * jnp.tanh(z / cap)
+    weights = jnp.where(mask, jnp.exp(z), 0)
+    total = weights.sum(axis=-1)
+    if x.sinks is not None:
+        total = total + jnp.exp(x.sinks)[:, None]
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    out = (weights * keep / total[..., None]) @ value
+    return jnp.moveaxis(out, 1, 2), jnp.moveaxis(jnp.where(seen, jnp.log(total), -jnp.inf), 1, 2)
+
+
+def derivatives(attend: Any) -> Any:
+    """A compiled function of inputs: gradients of a loss that reads outputs and log-sum-exps, and both of these."""
+
+    def loss(x: Inputs) -> Any:
+        out, lse = attend(x)
+        weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+        some = jnp.isfinite(lse)
+        return jnp.sum(out * weights) + jnp.sum(jnp.where(some, jnp.sin(jnp.where(some, lse, 0)), 0)), (out, lse)
+
+    return quick_jit(jax.grad(loss, has_aux=True, allow_int=True))
+
+
+def call(x: Inputs, block_mask: Any, **options: Any) -> Any:
+    mod = {"score_mod": score_mod, "captured": x.captured} if x.captured else {}
+    return block_sparse_attention(
+        *x[:3], block_mask, kv_bias=x.kv_bias, sinks=x.sinks, return_lse=True, **mod, **options
+    )  # fmt: skip
+
+
+def assert_close(got: Any, wanted: Any, tolerance: float = 1e-12) -> None:
+    for (path, a), b in zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(got), strict=True):
+        if np.asarray(b).dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(b, a, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+# (lists, block_q, block_kv, static, with segments, with everything else)
+CASES = {
+    "one list": ((1, 1), 8, 5, True, False, True),
+    "one list, traced": ((1, 1), 8, 5, False, False, False),
+    "batch rows": ((2, 1), 4, 16, True, False, False),
+    "key heads": ((1, 3), 8, 5, True, False, True),
+    "query heads, traced": ((1, 6), 8, 5, False, False, True),
+    "batch rows and key heads, traced": ((2, 3), 16, 8, False, False, False),
+    "batch rows and query heads": ((2, 6), 8, 5, True, False, True),
+    "segments": ((1, 1), 8, 5, True, True, True),
+    "segments and query heads, traced": ((2, 6), 7, 6, False, True, True),
+    "a block of the whole": ((1, 1), 128, 128, True, False, True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_definition_with_every_gradient(name: str):
+    lists, block_q, block_kv, static, with_segments, extras = CASES[name]
+    mask = random_mask(*lists)
+    rng = np.random.default_rng(2)
+    options: dict[str, Any] = {"logits_soft_cap": 2.0} if extras else {}
+    seen = mask.repeat(N // lists[1], 1) if lists[1] == K else mask
+    with jax.enable_x64(True):
+        x = inputs(extras=extras)
+        keep: Any = 1.0
+        if with_segments:
+            ids = np.sort(rng.integers(0, 4, (B, T))), np.sort(rng.integers(0, 3, (B, S)))
+            options["segment_ids"] = ids
+            seen = seen & (ids[0][:, :, None] == ids[1][:, None, :])[:, None]
+        if extras:
+            options |= {"dropout_rate": 0.3, "dropout_seed": 5}
+            where = np.ix_(*map(np.arange, (B, N, T, S)))
+            keep = dropout_factors(jnp.uint32(5), *where, 0.3, np.float64)
+        wanted = derivatives(functools.partial(definition, mask=seen, cap=2.0 if extras else None, keep=keep))(x)
+        block_mask = BlockMask.from_dense(mask if static else jnp.asarray(mask), block_q, block_kv)
+        for implementation in IMPLEMENTATIONS:
+            got = derivatives(functools.partial(call, block_mask=block_mask, implementation=implementation, **options))(
+                x
+            )
+            assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_narrow_dtypes(dtype: str, tolerance: float):
+    mask = random_mask(1, 6)
+    block_mask = BlockMask.from_dense(mask, 8, 5)
+    x = jax.tree.map(lambda a: jnp.asarray(a, dtype), inputs())
+    wide = jax.tree.map(lambda a: a.astype(np.float32), x)
+    wanted = derivatives(functools.partial(definition, mask=mask))(wide)
+    got = derivatives(functools.partial(call, block_mask=block_mask))(x)
+    assert got[0].query.dtype == got[1][0].dtype == dtype
+    assert got[1][1].dtype == np.float32
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(
+            b.astype(np.float32), a, rtol=0, atol=tolerance * float(np.max(np.abs(np.where(np.isinf(a), 0, a))))
+        )
+
+
+@every_implementation
+@pytest.mark.parametrize("mask", [Causal(4), Causal() & SlidingWindow(5) | ~Causal(20), SlidingWindow(3, 30)], ids=str)
+def test_a_symbolic_mask_is_its_blocks_and_that_of_dot_product_attention(implementation: str, mask: Any):
+    x = inputs(dtype=np.float32)
+    wanted = quick_jit(lambda x: dot_product_attention(*x[:3], mask=mask, return_lse=True))(x)
+    for block_mask in (mask, BlockMask.from_expr(mask, T, S, 8, 16)):
+        got = quick_jit(lambda x, m=block_mask: call(x, m, implementation=implementation))(x)
+        assert_close(got, wanted, 2e-6)
+
+
+def test_a_mask_that_reads_its_head():
+    mask = Fn(lambda q, k, h: (k <= q) & (q - k < 3 * (h + 1)), "staircase")
+    with jax.enable_x64(True):
+        x = inputs(T, T)
+        distance = np.arange(T)[:, None] - np.arange(T)
+        seen = (distance >= 0) & (distance < 3 * (np.arange(N)[:, None, None] + 1))
+        wanted = derivatives(functools.partial(definition, mask=seen))(x)
+        kind = np.tile(np.tri(4, dtype=np.int8), (1, N, 1, 1))
+        lists = BlockMask.from_map(kind, T, T, 8, 8, mask=mask)
+        for implementation, block_mask in itertools.product(IMPLEMENTATIONS, (mask, lists)):
+            got = derivatives(functools.partial(call, block_mask=block_mask, implementation=implementation))(x)
+            assert_close(got, wanted)
+
+
+# Queries that see nothing
+
+
+@every_implementation
+@pytest.mark.parametrize("with_sinks", [True, False])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_queries_that_see_nothing(implementation: str, with_sinks: bool, cap: float | None):
+    """Query 3 is masked in blocks that are listed, 16 .. 23 in a row that lists none."""
+    mask = random_mask()
+    dead = ~mask.any(axis=1)
+    assert set(np.flatnonzero(dead)) == {3, *range(16, 24)}
+    x = jax.tree.map(np.float32, inputs(extras=with_sinks)._replace(captured=(), kv_bias=None))
+    block_mask = BlockMask.from_dense(mask, 8, 8)
+    assert block_mask.n_total[0, 0].tolist()[2] == 0
+    run = functools.partial(call, block_mask=block_mask, implementation=implementation, logits_soft_cap=cap)
+    gradient, (out, lse) = derivatives(run)(x)
+    assert not any(np.isnan(a).any() for a in jax.tree.leaves((gradient, out, lse)))
+    assert (out[:, dead] == 0).all()
+    wanted = x.sinks if with_sinks else np.float32(-np.inf)
+    np.testing.assert_array_equal(lse[:, dead], np.broadcast_to(wanted, lse[:, dead].shape))
+    assert (gradient.query[:, dead] == 0).all()
+    assert np.abs(gradient.query[:, ~dead]).min(axis=(0, 2, 3)).max() > 0
+
+    def of_dead_rows(x: Inputs) -> Any:
+        out, _ = run(x)
+        return jnp.sum(jnp.sin(1 + out[:, dead]))
+
+    assert not any(np.any(a) for a in jax.tree.leaves(quick_jit(jax.grad(of_dead_rows))(x)))
+
+
+@every_implementation
+@pytest.mark.parametrize("traced", [False, True])
+def test_no_block_at_all(implementation: str, traced: bool):
+    kind = np.zeros((2, 1, 4, 5), np.int8)
+    block_mask = BlockMask.from_map(jnp.asarray(kind) if traced else kind, T, S, 8, 8)
+    gradient, (out, lse) = derivatives(functools.partial(call, block_mask=block_mask, implementation=implementation))(
+        inputs(dtype=np.float32)
+    )
+    assert not np.any(out)
+    assert (lse == -np.inf).all()
+    assert not any(np.any(a) for a in jax.tree.leaves(gradient))
+
+
+# What lists may say
+
+
+@every_implementation
+def test_a_full_block_listed_as_partial_changes_nothing(implementation: str):
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 3, (1, K, 4, 5)).astype(np.int8)
+    x = inputs(dtype=np.float32)
+    full, partial = (
+        derivatives(functools.partial(
+            call, block_mask=BlockMask.from_map(each, T, S, 8, 8), implementation=implementation
+        ))(x)
+        for each in (kind, np.minimum(kind, 1))
+    )  # fmt: skip
+    if implementation == "reference":
+        jax.tree.map(np.testing.assert_array_equal, full, partial)
+    assert_close(full, partial, 5e-6)
+
+
+def test_one_compilation_serves_every_selection():
+    traces = []
+
+    @quick_jit
+    def run(x: Inputs, idx: Any, num: Any) -> Any:
+        traces.append(idx)
+        block_mask = BlockMask.from_indices(idx, T, S, 8, 8, num=num, mask=Causal(8))
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(call(x, block_mask)[0])))(x)
+
+    rng = np.random.default_rng(0)
+    x = inputs(dtype=np.float32)
+    for _ in range(3):
+        idx = np.argsort(rng.random((B, K, 4, 5)), axis=-1)[..., :2]
+        num = rng.integers(0, 3, (B, K, 4))
+        static = BlockMask.from_indices(idx, T, S, 8, 8, num=num, mask=Causal(8))
+        wanted = quick_jit(jax.value_and_grad(lambda x, m=static: jnp.sum(jnp.sin(call(x, m)[0]))))(x)
+        assert_close(run(x, idx, num), wanted, 5e-6)
+    assert len(traces) == 1
+
+
+def test_disjoint_masks_merge_into_their_union():
+    mask = random_mask(1, 6)
+    first = mask & (np.random.default_rng(4).random(mask.shape) < 0.5)
+    parts = [BlockMask.from_dense(part, 8, 5) for part in (first, mask & ~first)]
+    with jax.enable_x64(True):
+        x = inputs()
+        wanted = derivatives(functools.partial(call, block_mask=BlockMask.from_dense(mask, 8, 5)))(x)
+        got = derivatives(lambda x: merge_attentions(*zip(*(call(x, part) for part in parts), strict=True)))(x)
+        assert_close(got, wanted)
+
+
+@every_implementation
+def test_documents_are_separate_runs(implementation: str):
+    x = inputs(T, T, np.float32)
+    ids = np.repeat([[4, 1, 9]], [11, 3, 15], axis=1).repeat(B, axis=0)
+    block_mask = BlockMask.from_expr(Causal(), T, T, 4, 8)
+
+    def run(x: Inputs, ids: Any) -> Any:
+        return call(x, block_mask, segment_ids=ids, implementation=implementation)
+
+    out, lse = quick_jit(run)(x, ids)
+    for start, stop in ((0, 11), (11, 14), (14, 29)):
+        piece = Inputs(*(a[:, start:stop] for a in x[:3]))
+        alone = quick_jit(lambda x: call(x, Causal(), implementation=implementation))(piece)
+        assert_close((out[:, start:stop], lse[:, start:stop]), alone, 2e-6)
+    jax.tree.map(np.testing.assert_array_equal, quick_jit(run)(x, ids + 100), (out, lse))
+    # A padding token whose id is not on the other side sees nothing and is not seen.
+    q_ids, kv_ids = ids.copy(), ids.copy()
+    q_ids[:, 20:], kv_ids[:, 20:] = -1, -2
+    padded = quick_jit(run)(x, (q_ids, kv_ids))
+    assert (padded[0][:, 20:] == 0).all()
+    assert_close(padded[0][:, :20], out[:, :20], 2e-6)
+
+
+@every_implementation
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 40), (3, 300), (40, 2)])
+def test_short_lengths(implementation: str, q_len: int, kv_len: int):
+    with jax.enable_x64(True):
+        x = inputs(q_len, kv_len)
+        mask = random_mask(2, 1, q_len=q_len, kv_len=kv_len)
+        wanted = derivatives(functools.partial(definition, mask=mask))(x)
+        block_mask = BlockMask.from_dense(mask, 128, 128)
+        assert_close(
+            derivatives(functools.partial(call, block_mask=block_mask, implementation=implementation))(x), wanted
+        )
+
+
+# Score functions
+
+
+def test_a_score_function_may_mask_and_be_wild_where_masked():
+    def mod(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any) -> Any:
+        return jnp.where((q_pos + kv_pos) % 3 == 0, -jnp.inf, score * jnp.sqrt(q_pos - kv_pos + 0.0))  # NaN above
+
+    with jax.enable_x64(True):
+        x = inputs(T, T)
+        t, s = np.arange(T)[:, None], np.arange(T)
+        seen = (s <= t) & ((t + s) % 3 != 0)
+
+        def wanted(x: Inputs) -> Any:
+            roots = np.sqrt(np.maximum(t - s, 0))
+            key = jnp.repeat(x.key, 2, 2)
+            z = jnp.einsum("btnh,bsnh->bnts", x.query, key) * H**-0.5 * roots
+            z = jnp.where(seen, z, -1e30)
+            p = jnp.where(seen, jax.nn.softmax(z, axis=-1), 0)
+            lse = jnp.where(seen.any(1), jax.nn.logsumexp(z, axis=-1), -jnp.inf)
+            return jnp.einsum("bnts,bsnv->btnv", p, jnp.repeat(x.value, 2, 2)), jnp.moveaxis(lse, 1, 2)
+
+        def run(x: Inputs) -> Any:
+            return block_sparse_attention(*x[:3], Causal(), score_mod=mod, return_lse=True, implementation="xla")
+
+        assert_close(derivatives(run)(x), derivatives(wanted)(x))
+
+
+def test_a_score_function_may_read_what_is_constant():
+    slopes = jnp.arange(6.0)
+    x = inputs(dtype=np.float32)
+
+    def mod(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any) -> Any:
+        return score + slopes[h]
+
+    got = quick_jit(lambda x: block_sparse_attention(*x[:3], Full(), score_mod=mod))(x)
+    assert_close(got, quick_jit(lambda x: block_sparse_attention(*x[:3], Full()))(x), 2e-6)
+
+
+# Dropout
+
+
+def test_dropout_is_a_function_of_the_pair_alone():
+    x = inputs(T, T, np.float32)
+    masks = [Causal(), BlockMask.from_expr(Causal(), T, T, 4, 16), BlockMask.from_expr(Causal(), T, T, 32, 8)]
+    masks.append(BlockMask.from_map(np.tile(np.tri(4, dtype=np.int8), (B, N, 1, 1)), T, T, 8, 8, mask=Causal()))
+    outs = [
+        quick_jit(lambda x, m=m, i=i: call(x, m, dropout_rate=0.25, dropout_seed=9, implementation=i)[0])(x)
+        for m in masks
+        for i in IMPLEMENTATIONS
+    ]
+    for out in outs[1:]:
+        assert_close(out, outs[0], 2e-6)
+    run = quick_jit(lambda x, seed: call(x, Causal(), dropout_rate=0.25, dropout_seed=seed))
+    assert_close(run(x, 9)[0], outs[0], 2e-6)  # traced or not
+    other = run(x, 10)
+    assert not np.allclose(other[0], outs[0], atol=0.1)
+    assert_close(other[1], quick_jit(lambda x: call(x, Causal()))(x)[1], 2e-6)  # the log-sum-exp is of all keys
+    plain = quick_jit(lambda x: call(x, Causal(), dropout_seed=9))(x)[0]
+    assert_close(plain, quick_jit(lambda x: call(x, Causal()))(x)[0], 1e-6)
+
+
+def test_dropout_bits_are_fair_and_independent():
+    where = np.ix_(*map(np.arange, (4, 8, 64, 64)))
+    kept = np.stack([np.asarray(dropout_factors(jnp.uint32(s), *where, 0.25, np.float32)) > 0 for s in range(4)])
+    assert set(np.unique(np.asarray(dropout_factors(jnp.uint32(0), *where, 0.25, np.float32)))) == {
+        0,
+        np.float32(4 / 3),
+    }
+    error = math.sqrt(0.25 * 0.75 / kept.size)
+    assert abs(kept.mean() - 0.75) < 4 * error
+    for axis in range(kept.ndim):  # neither do neighbours know of each other, nor rows, heads or seeds
+        a, b = (np.take(kept, np.arange(kept.shape[axis] - 1) + i, axis=axis) - 0.75 for i in (0, 1))
+        assert abs((a * b).mean()) < 4 * 0.25 * 0.75 / math.sqrt(a.size)
+        rest = tuple(other for other in range(kept.ndim) if other != axis)
+        assert np.abs(kept.mean(axis=rest) - 0.75).max() < 5 * error * math.sqrt(kept.shape[axis])
+
+
+# Cost
+
+
+def test_steps_are_the_listed_pairs():
+    x = inputs(T, T, np.float32)
+    block_mask = BlockMask.from_expr(Causal() & SlidingWindow(7), T, T, 4, 4)
+    jaxpr = str(jax.make_jaxpr(lambda x: call(x, block_mask, implementation="xla"))(x))
+    kinds = block_mask.to_map()
+    lengths = [int(n) for n in re.findall(r"length=(\d+)", jaxpr)]
+    assert sorted(lengths) == sorted([(kinds == 1).sum(), (kinds == 2).sum()])
+
+
+@pytest.mark.parametrize("kind", ["static", "traced", "segments", "heads"])
+def test_memory_is_linear_in_the_length(kind: str):
+    temp = {}
+    for length in (2048, 8192):
+        mask = Causal() & SlidingWindow(255)
+        block_mask: Any = BlockMask.from_expr(mask, length, length, 128, 128)
+        options = {}
+        if kind == "segments":
+            options["segment_ids"] = np.arange(length)[None] // 300
+        if kind == "heads":
+            block_mask = BlockMask.from_map(block_mask.to_map().repeat(4, 1), length, length, 128, 128, mask=mask)
+        x = [jax.ShapeDtypeStruct((1, length, heads, 16), np.float32) for heads in (4, 2, 2)]
+
+        def loss(x: Any, block_mask: Any, options: Any = options) -> Any:
+            return jnp.sum(jnp.sin(block_sparse_attention(*x, block_mask, implementation="xla", **options)))
+
+        if kind == "traced":
+            compiled = quick_jit(jax.grad(loss)).lower(x, block_mask).compile()
+        else:
+            compiled = quick_jit(jax.grad(functools.partial(loss, block_mask=block_mask))).lower(x).compile()
+        temp[length] = compiled.memory_analysis().temp_size_in_bytes
+        sizes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+        assert max(math.prod(map(int, size.split(","))) for size in sizes) < length**2
+    assert temp[8192] <= 4.5 * temp[2048]
+
+
+# Transformations
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", ["segments", "lists"])
+def test_on_a_mesh(axis_type: AxisType, kind: str):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:2])
+    x = inputs(T, T, np.float32)
+    ids = np.repeat([[0, 1, 2], [3, 4, 5]], [11, 3, 15], axis=1)
+    lists = BlockMask.from_dense(random_mask(B, 1, q_len=T, kv_len=T), 8, 8)
+
+    def loss(x: Inputs, ids: Any, lists: Any) -> Any:
+        given = (Causal(), ids) if kind == "segments" else (lists, None)
+        out = call(x, given[0], segment_ids=given[1], implementation="xla")[0]
+        return jnp.sum(jnp.sin(out) * jnp.cos(jnp.arange(N * V).reshape(N, V)))
+
+    wanted = quick_jit(jax.grad(loss))(x, ids, jax.tree.map(jnp.asarray, lists))
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, P("data"))
+        placed = jax.tree.map(lambda a: jax.device_put(a, place), (x, ids))
+        # Static lists are constants of the program, which no one places.
+        got = quick_jit(jax.grad(functools.partial(loss, lists=lists)))(*placed)
+    assert_close(jax.device_get(got), wanted, 1e-5)
+
+
+def test_inside_shard_map_with_segments_and_captured_arrays():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    x = jax.tree.map(np.float32, inputs(T, T, extras=True))
+    slopes = (x.captured[1]["slopes"],)
+    ids = np.repeat([[0, 1, 2], [3, 4, 5]], [11, 3, 15], axis=1)
+
+    def attend(x: Inputs, slopes: Any, ids: Any) -> Any:
+        return block_sparse_attention(
+            *x[:3], Causal(), segment_ids=ids, sinks=x.sinks, kv_bias=x.kv_bias, implementation="xla",
+            score_mod=lambda score, b, h, q, k, slopes: score + slopes[h] * (q - k), captured=slopes,
+        )  # fmt: skip
+
+    x = x._replace(captured=None)
+    rows, whole = P("data"), P()
+    specs = (Inputs(rows, rows, rows, rows, whole, None), (whole,), rows)
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=rows)
+    got, wanted = (
+        quick_jit(jax.grad(lambda x, s, f=f: jnp.sum(jnp.sin(f(x, s, ids))), argnums=(0, 1)))(x, slopes)
+        for f in (sharded, attend)
+    )
+    assert_close(got, wanted, 1e-5)
+
+
+def test_vmap_over_lists():
+    x = inputs(dtype=np.float32)
+    rng = np.random.default_rng(0)
+    idx = jnp.asarray(np.argsort(rng.random((3, 4, 5)), axis=-1)[..., :2])
+
+    def run(idx: Any) -> Any:
+        return call(x, BlockMask.from_indices(idx, T, S, 8, 8), implementation="xla")
+
+    wanted = [quick_jit(run)(each) for each in idx]
+    assert_close(quick_jit(jax.vmap(run))(idx), jax.tree.map(lambda *a: jnp.stack(a), *wanted), 2e-6)
+
+
+# Bad input
+
+X = inputs(dtype=np.float32)
+BAD = {
+    "another length": (
+        {"block_mask": BlockMask.from_expr(Causal(), T, T)},
+        ValueError,
+        "block_mask: made for 29 queries and 29 keys, got 29 and 37; build it for these, or pass a symbolic mask",
+    ),
+    "other batch rows": (
+        {"block_mask": BlockMask.from_dense(random_mask(3, 1))}, ValueError, "block_mask: .* 1 or B = 2 .* got 3",
+    ),
+    "other heads": (
+        {"block_mask": BlockMask.from_dense(random_mask(1, 2))}, ValueError, "block_mask: .* K = 3 or N = 6 .* got 2",
+    ),
+    "an array for a mask": ({"block_mask": random_mask()}, TypeError, r"block_mask: .*BlockMask\.from_dense"),
+    "no mask": ({"block_mask": None}, TypeError, r"block_mask: .* got NoneType; .* Full\(\) lets all see all"),
+    "a bias of query heads": ({"kv_bias": np.ones((B, N, S), np.float32)}, ValueError, "kv_bias: .* K = 3"),
+    "nobody reads what is captured": ({"captured": (np.ones(3),)}, ValueError, "captured: there is no score_mod"),
+    "captured alone": (
+        {"score_mod": lambda s, *_: s, "captured": np.ones(3)}, TypeError, r"captured: .* write \(array,\)",
+    ),
+    "captured numbers": ({"score_mod": lambda s, *_: s, "captured": (1.0,)}, TypeError, r"captured\[0\]: expected an"),
+    "a score of other shape": ({"score_mod": lambda s, b, h, q, k: q - k}, ValueError, "score_mod: expected the new"),
+    "a score that is none": ({"score_mod": lambda *_: None}, ValueError, "score_mod: expected .* got NoneType"),
+    "no function": ({"score_mod": "alibi"}, TypeError, "score_mod: expected a callable"),
+    "no seed": ({"dropout_rate": 0.5}, ValueError, "dropout_seed: dropout_rate = 0.5 needs one"),
+    "all dropped": ({"dropout_rate": 1.0, "dropout_seed": 0}, ValueError, "dropout_rate: .* less than 1, got 1"),
+    "a key for a seed": (
+        {"dropout_rate": 0.5, "dropout_seed": jax.random.key(0)}, TypeError, "dropout_seed: .*",
+    ),
+    "a long seed": ({"dropout_rate": 0.5, "dropout_seed": 2**32}, ValueError, "dropout_seed: .* 32 bits"),
+    "an unknown implementation": ({"implementation": "pallas_gpu"}, NotImplementedError, "has xla, reference"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str):
+    given, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        block_sparse_attention(*X[:3], **{"block_mask": Causal(), **given})
+
+
+def test_no_keys():
+    with pytest.raises(ValueError, match="dimension S is 0"):
+        block_sparse_attention(X.query, X.key[:, :0], X.value[:, :0], Causal())
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad], ids=["jit", "grad"])
+def test_traced_arrays_in_functions_are_refused(transform: Any):
+    def in_score(slopes: Any) -> Any:
+        return block_sparse_attention(*X[:3], Causal(), score_mod=lambda s, b, h, q, k: s + slopes[h]).sum()
+
+    def in_mask(last: Any) -> Any:
+        return block_sparse_attention(*X[:3], Fn(lambda q, k, h: k < last[q], "last")).sum()
+
+    with pytest.raises(TypeError, match=r"score_mod: it reads a traced array.*captured=\(array,\)"):
+        transform(in_score)(np.ones(N, np.float32))
+    with pytest.raises(TypeError, match=r"block_mask: it reads a traced array.*segment_ids="):
+        transform(in_mask)(np.ones(T, np.float32))
