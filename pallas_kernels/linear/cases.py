@@ -25,7 +25,9 @@ def cases(target: str) -> dict[str, Case]:
     found: dict[str, Case] = {}
     for name, shape in gates.items():
         found |= _pair(target, name, additive, shape)
-    return found | _pair(target, "delta", delta, gates["scalar"]) | _normalized(target)
+    for name, of in {"delta": "scalar", "channel-delta": "channel"}.items():
+        found |= _pair(target, name, delta, gates[of])
+    return found | _normalized(target)
 
 
 def _normalized(target: str) -> dict[str, Case]:

@@ -29,7 +29,7 @@ from pallas_kernels.linear.walk import Problem, dot, every_second, with_gaps
 SUBLANES = 8
 
 
-class _Halves(NamedTuple):
+class Halves(NamedTuple):
     """Decays of rows of second halves since m, and of rows of first halves until then, and which rows meet which.
 
     Halves that are whole tiles of rows are taken out, worked on, and put back.
@@ -49,7 +49,7 @@ class _Halves(NamedTuple):
         return with_gaps(x, self.size, first=int(late)) if self.size >= SUBLANES else x
 
 
-def _sums(p: Problem, gate: jax.Array) -> list[jax.Array]:
+def gate_sums(p: Problem, gate: jax.Array) -> list[jax.Array]:
     """The parts of b, summed over the rows; see `gates`."""
     (part, *more) = gates.split(jnp.maximum(gate, gates.FORGET), p.dtype)
     if not more:
@@ -87,18 +87,18 @@ def _exp_of(p: Problem, parts: Sequence[jax.Array]) -> jax.Array:
     return gates.exponential(p.dtype)(functools.reduce(jnp.add, parts))
 
 
-def _levels(p: Problem, sums: Sequence[jax.Array]) -> Iterator[_Halves]:
+def halvings(p: Problem, sums: Sequence[jax.Array]) -> Iterator[Halves]:
     chunk = p.tiling.chunk
     row, column = walk.iota((chunk, chunk), 0), walk.iota((chunk, chunk), 1)
     size = chunk // 2
     while size:
         since = functools.reduce(jnp.add, [x - _middle(x, size) for x in sums])
         decay = gates.exponential(p.dtype)(-jnp.abs(since))
-        yield _Halves(size, decay, (row // size == column // size + 1) & (row // size % 2 == 1))
+        yield Halves(size, decay, (row // size == column // size + 1) & (row // size % 2 == 1))
         size //= 2
 
 
-def _rows(p: Problem, sums: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def row_decays(p: Problem, sums: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the state loses before each row reads it, after each row writes to it, and over the chunk, as a column."""
     last = [x[-1:] for x in sums]
     read = _exp_of(p, sums)
@@ -122,11 +122,11 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     def turn(c: int, h: int) -> Iterator[None]:
         k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
         queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
-        sums = _sums(p, part(gate_ref, c, h, p.width))
-        read, write, total = _rows(p, sums)
+        sums = gate_sums(p, part(gate_ref, c, h, p.width))
+        read, write, total = row_decays(p, sums)
         yield
         scores = [jnp.where(diagonal, jnp.sum(q.astype(jnp.float32) * k, axis=1, keepdims=True), 0) for q in queries]
-        for level in _levels(p, sums):
+        for level in halvings(p, sums):
             early_decay, late_decay = level.early(level.decay), level.late(level.decay)
             early = level.back((level.early(k) * early_decay).astype(p.dtype), late=False)
             for r, q in enumerate(queries):
@@ -167,7 +167,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         carried[...] = dend_ref[0]
 
     def again(c: int, h: int) -> Iterator[None]:
-        _, write, total = _rows(p, _sums(p, part(gate_ref, c, h, p.width)))
+        _, write, total = row_decays(p, gate_sums(p, part(gate_ref, c, h, p.width)))
         yield
         written = (part(k_ref, c, h, p.width) * write).astype(p.dtype)
         states[c + 1, h] = total * states[c, h] + dot(written, part(v_ref, c, h, p.value_width), (0, 0))
@@ -185,8 +185,8 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         pairs = list(zip(p.queries(h), p.outputs(h), strict=True))
         queries = [part(q_ref, c, n, p.width) for n, _ in pairs]
         gradients = [part(do_ref, c, m, p.value_width) for _, m in pairs]
-        sums = _sums(p, part(gate_ref, c, h, p.width))
-        read, write, total = _rows(p, sums)
+        sums = gate_sums(p, part(gate_ref, c, h, p.width))
+        read, write, total = row_decays(p, sums)
         entered, left = states[c, h].astype(p.dtype), gradient[h].astype(p.dtype)
         yield
         weights = [p.scale * dot(do, v, (1, 1)) for do in gradients]
@@ -196,7 +196,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         dq = [x * k + p.scale * read * dot(do, entered, (1, 1)) for x, do in zip(own, gradients, strict=True)]
         scores = [jnp.where(diagonal, jnp.sum(q.astype(jnp.float32) * k, axis=1, keepdims=True), 0) for q in queries]
         yield
-        for level in _levels(p, sums):
+        for level in halvings(p, sums):
             early_decay, late_decay = level.early(level.decay), level.late(level.decay)
             early = level.back((level.early(k) * early_decay).astype(p.dtype), late=False)
             for r, q in enumerate(queries):

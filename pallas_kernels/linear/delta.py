@@ -1,6 +1,6 @@
 """The delta rule with decay as fused kernels, differentiable in every argument.
 
-    S~_t = exp(g_t) S_{t-1}      S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T      o_t = scale S_t^T q_t
+    S~_t = diag(exp g_t) S_{t-1}      S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T      o_t = scale S_t^T q_t
 
     out, state = delta_rule(query, key, value, beta, log_decay, segment_ids, state, scale=1.0, platform="tpu")
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear import delta_gpu, delta_tpu, gates, programs, tiling
+from pallas_kernels.linear import channel_delta_tpu, delta_gpu, delta_tpu, gates, programs, tiling
 from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
 from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
@@ -30,7 +30,7 @@ def delta_rule(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T Kv V"],
     beta: Float[Array, "B T Kv"],
-    log_decay: Float[Array, " Kv"] | Float[Array, "B T Kv"],
+    log_decay: Float[Array, " Kv"] | Float[Array, "B T Kv"] | Float[Array, "B T Kv H"],
     segment_ids: Int[Array, "B T"] | None,
     state: Float[Array, "B Kv H V"],
     *,
@@ -44,7 +44,8 @@ def delta_rule(
     Args:
       query, key, value: bfloat16 or float32; query head n reads state `n // (N // Kv)`, or states are more than the
         query and key heads, and state h has head `h // (Kv // K)`.
-      beta, log_decay: float32; gates at most 0, one for each state, or one for each token and state.
+      beta: float32.
+      log_decay: float32, at most 0; one for each state, for each token and state, or on TPU for each channel of those.
       segment_ids: sequences packed one after another; the state before the first token belongs to the first of them.
       state: float32.
       platform: "tpu" or "gpu"; "interpret" and "interpret_gpu" run their kernels step by step anywhere.
@@ -74,8 +75,8 @@ def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platfor
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
-    if log_decay.ndim == 4:
-        raise NotImplementedError("the kernel has decays for each head or token, not for each channel")
+    if log_decay.ndim == 4 and platform in GPU:
+        raise NotImplementedError("the kernel has decays for each head or token on GPU, not for each channel")
     if query.shape[2] != key.shape[2] != value.shape[2]:
         raise NotImplementedError("the kernel shares a state among queries or a key among states, not both")
     if platform in GPU:
@@ -143,10 +144,13 @@ def _run(call: Call, keep: bool, *operands: Array) -> Any:
         rows = _gpu_rows(gpu, beta, log_decay)
         return delta_gpu.forward(gpu, query, key, value, *rows, state, out_dtype=call.out_dtype), state
     p = _problem(call, query, key, value, log_decay)
-    arrays = (gate_arrays(p, log_decay), _tpu_beta(p, beta), state)
-    out, end, starts = delta_tpu.forward(
-        p, flat(query), flat(key), flat(value), *arrays, keep=keep, out_dtype=call.out_dtype
-    )
+    heads = (flat(query), flat(key), flat(value))
+    options: dict[str, Any] = {"keep": keep, "out_dtype": call.out_dtype}
+    betas = _tpu_beta(p, beta)
+    if log_decay.ndim == 4:
+        out, end, starts = channel_delta_tpu.forward(p, *heads, flat(log_decay), betas, state, **options)
+    else:
+        out, end, starts = delta_tpu.forward(p, *heads, gate_arrays(p, log_decay), betas, state, **options)
     return (out.reshape(*query.shape[:2], -1, value.shape[-1]), end), starts
 
 
@@ -174,20 +178,18 @@ def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> 
         dq, dk, dv, dstate, sums, dbeta = delta_gpu.backward(gpu, query, key, value, *rows_and_ends)
     else:
         p = _problem(call, query, key, value, log_decay)
-        dq, dk, dv, dstate, sums, dbeta = delta_tpu.backward(
-            p,
-            flat(query),
-            flat(key),
-            flat(value),
-            gate_arrays(p, log_decay),
-            _tpu_beta(p, beta),
-            starts,
-            flat(out_gradient),
-            end_gradient,
-            with_gates=wanted is not None,
-        )
+        heads, ends = (flat(query), flat(key), flat(value)), (starts, flat(out_gradient), end_gradient)
+        betas = _tpu_beta(p, beta)
+        if log_decay.ndim == 4:
+            dq, dk, dv, dstate, sums, dbeta = channel_delta_tpu.backward(p, *heads, flat(log_decay), betas, *ends)
+        else:
+            dq, dk, dv, dstate, sums, dbeta = delta_tpu.backward(
+                p, *heads, gate_arrays(p, log_decay), betas, *ends, with_gates=wanted is not None
+            )
     dgates = jnp.zeros_like(log_decay)
-    if wanted is not None:
+    if log_decay.ndim == 4:
+        dgates = gates.of_channel_sums(sums.reshape(log_decay.shape), log_decay, call.tiling.chunk)
+    elif wanted is not None:
         dgates = gates.of_sums(sums, log_decay, beta.shape[1], call.tiling.chunk)
     dbeta = jnp.moveaxis(dbeta[..., : beta.shape[1]], 1, 2).astype(beta.dtype)
     return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dbeta, dgates, dstate

@@ -187,6 +187,7 @@ def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.Bl
     return {
         "query": tokens(p.key_heads * p.group * p.width),
         "key": tokens(p.key_heads * p.width),
+        "channels": tokens(t.heads * p.width),
         "value": tokens(t.heads * p.value_width),
         "out": tokens(t.heads * p.group * p.value_width),
         "pair": table(t.chunk),

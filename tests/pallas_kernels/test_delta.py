@@ -21,7 +21,7 @@ each_kernel = pytest.mark.parametrize("blocks", [SMALL, ON_GPU], ids=["tpu", "gp
 each_chosen_cut = pytest.mark.parametrize("blocks", [None, delta_gpu.choose(jnp.bfloat16)], ids=["tpu", "gpu"])
 
 
-def operands(sizes, *, constant=False, dtype=jnp.float32, decay=1.0, alike=0.0):
+def operands(sizes, *, constant=False, channel=False, dtype=jnp.float32, decay=1.0, alike=0.0):
     """Keys of length 1; with `alike`, so much of every key is the same."""
     batch, length, heads, kv_heads, states, width, value_width = sizes
     keys = jax.random.split(jax.random.key(0), 9)
@@ -35,7 +35,8 @@ def operands(sizes, *, constant=False, dtype=jnp.float32, decay=1.0, alike=0.0):
     key = unit(alike * common + (1 - alike) * unit(normal(keys[1], (batch, length, kv_heads, width)))).astype(dtype)
     value = normal(keys[2], (batch, length, states, value_width)).astype(dtype)
     beta = jax.random.uniform(keys[3], (batch, length, states), maxval=2.0 if alike == 0 else 1.0)
-    gate = -decay * jax.random.uniform(keys[4], (states,) if constant else (batch, length, states))
+    shape = (states,) if constant else (batch, length, states, width) if channel else (batch, length, states)
+    gate = -decay * jax.random.uniform(keys[4], shape)
     state = normal(keys[5], (batch, states, width, value_width))
     out = (batch, length, max(heads, states), value_width)
     cotangents = normal(keys[6], out).astype(dtype), normal(keys[7], state.shape)
@@ -83,6 +84,36 @@ def test_values_and_gradients_are_the_definition(sizes, constant, on_gpu):
     blocks = ON_GPU if on_gpu else Tiling(16, 2, 2 if sizes[4] == 4 else 1, 1)
     for name, error in errors(*operands(sizes, constant=constant), blocks=blocks).items():
         assert error < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks"),
+    [
+        ((2, 37, 3, 3, 3, 7, 5), SMALL),
+        ((1, 53, 6, 3, 3, 5, 19), Tiling(16, 2, 3, 1)),
+        ((2, 37, 2, 2, 4, 7, 5), Tiling(16, 2, 2, 1)),
+        ((1, 150, 1, 1, 1, 16, 8), None),
+    ],
+    ids=("ragged", "grouped", "more values than keys", "chosen"),
+)
+def test_gates_of_channels(sizes, blocks):
+    for name, error in errors(*operands(sizes, channel=True), blocks=blocks).items():
+        assert error < 1e-5, name
+
+
+def test_gates_of_channels_in_segments_and_strong():
+    ids = jnp.repeat(jnp.asarray([3, 4, 9]), jnp.asarray([5, 19, 13]), total_repeat_length=37)[None]
+    arguments, cotangents = operands((1, 37, 2, 2, 2, 7, 5), channel=True)
+    strong = jax.random.bernoulli(jax.random.key(1), 0.5, arguments[4].shape)
+    gate = jnp.where(strong, -20.0, arguments[4] * 1e-2)
+    for name, error in errors((*arguments[:4], gate, arguments[5]), cotangents, segment_ids=ids, blocks=SMALL).items():
+        assert error < 1e-5, name
+
+
+def test_gates_of_channels_with_bfloat16():
+    found = errors(*operands((1, 61, 2, 2, 2, 32, 32), channel=True, dtype=jnp.bfloat16), blocks=Tiling(32, 2, 2, 1))
+    for name, error in found.items():
+        assert error < (1e-2 if name in ("gate", "beta") else 5e-3), name
 
 
 @each_chosen_cut
@@ -161,6 +192,8 @@ def test_the_op_chooses_the_kernel_of_a_platform():
     (query, key, value, *_), _ = operands((1, 21, 2, 2, 4, 7, 5))
     (decision,) = explain(op, query, key, value)
     assert decision.chosen == {"cpu": "xla", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+    (decision,) = explain(op, query, key, value, log_decay=jnp.zeros((*value.shape[:3], query.shape[-1])))
+    assert decision.chosen == {"cpu": "xla", "tpu": "pallas_tpu", "cuda": "xla"}
 
 
 def test_the_op_on_the_kernel():
@@ -184,7 +217,7 @@ def test_the_inverse_of_a_triangle(chunk):
     ("change", "message"),
     [
         ({"query": np.float16}, "bfloat16 and float32, not float16"),
-        ({"gates": (1, 8, 1, 4)}, "not for each channel"),
+        ({"gates": (1, 8, 1, 4), "platform": "gpu"}, "not for each channel"),
         ({"heads": (4, 1, 2)}, "shares a state among queries or a key among states, not both"),
         ({"width": 4096}, "does not fit the kernel's 64 MiB; heads of 1024 x 1024 do"),
         ({"width": 256, "platform": "gpu"}, "at most 128 channels in float32, not 256 and 256"),
