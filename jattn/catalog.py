@@ -35,7 +35,8 @@ class Entry:
       step: where the one-token form is, or `None`.
       summary: one line for tables.
       paper: where it is defined.
-      cost: time per head in terms of T, S (lengths), H, V (head dims), F (features), C (chunk) and W (window).
+      cost: time per head in terms of T, S (lengths), H, V (head dims), F (features), C (chunk), W (window) and
+        b (block).
       causality: whether the op "is" causal always, or "may" be by an argument.
       features: what the op accepts or returns beyond query, key and value.
       example: options that make a small, meaningful call; the property tests use them.
@@ -104,6 +105,27 @@ CATALOG: tuple[Entry, ...] = (
         features=frozenset({"grouped_heads", "value_dim", "cross", "lse", "segments", "sinks", "soft_cap"}),
         example=MappingProxyType({"block_mask": Causal() & SlidingWindow(4)}),
         golden="block_sparse",
+    ),
+    Entry(
+        name="power",
+        op="jattn.sparse.power:power_attention",
+        summary="softmax attention over nearby blocks and those a power of two away",
+        paper="Chen et al. 2025, section 3",
+        cost="T b log(S / b) (H + V)",
+        causality="is",
+        features=frozenset({"grouped_heads", "value_dim", "cross", "lse", "segments"}),
+        example=MappingProxyType({"block_size": 2, "window_blocks": 1, "sink_blocks": 0}),
+    ),
+    Entry(
+        name="hyper",
+        op="jattn.sparse.hyper:hyper_attention",
+        summary="softmax attention within blocks of sorted, alike vectors, and sampled beyond",
+        paper="Han et al. 2023, algorithms 1 to 4",
+        cost="T (b + m) (H + V), with m samples; causal: log T times that",
+        causality="may",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "cross", "lse"}),
+        example=MappingProxyType({"rng": 0, "block_size": 16, "sample_size": 8, "min_seq_len": 4}),
+        golden="hyper_attention",
     ),
     Entry(
         name="linear",

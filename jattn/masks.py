@@ -241,28 +241,60 @@ class Stride(Mask):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PowerOfTwo(Mask):
-    """The distance `t // block - s // block` is 0 or a power of two (PowerAttention, Chen et al. 2025, section 3).
+    """The distance `(t + offset) // block - s // block` is 0 or a power of two (PowerAttention, Chen et al. 2025).
 
-    Distances are between blocks. The query's own block is seen whole, so a causal model adds `Causal() & ...`.
+    Distances are between blocks (section 3 there). The query's own block is seen whole, so a causal model adds
+    `Causal() & ...`.
     """
 
     block: int = 1
+    offset: int = 0
 
     def __post_init__(self) -> None:
         check_count("block", self.block)
+        check_count("offset", self.offset, minimum=-(2**31))
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
-        distance = q_pos // self.block - kv_pos // self.block
+        distance = (q_pos + self.offset) // self.block - kv_pos // self.block
         return (distance >= 0) & (distance & (distance - 1) == 0)
 
     def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> np.ndarray:
-        nearest = q_lo // self.block - kv_hi // self.block
-        farthest = q_hi // self.block - kv_lo // self.block
+        nearest = (q_lo + self.offset) // self.block - kv_hi // self.block
+        farthest = (q_hi + self.offset) // self.block - kv_lo // self.block
         top = 2 ** (np.frexp(np.maximum(farthest, 1))[1].astype(np.int64) - 1)  # the last power up to `farthest`
         alone = (nearest == farthest) & (nearest & (nearest - 1) == 0)
         return _kind(
             some=(farthest >= 0) & ((nearest <= 0) | (top >= nearest)),
             every=(nearest >= 0) & ((farthest <= 2) | alone),
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class NearBlocks(Mask):
+    """`0 <= (t + offset) // block - s // block < count`: the query's own block and the `count - 1` before it.
+
+    These are seen whole, so a causal model adds `Causal() & ...`.
+    """
+
+    block: int
+    count: int
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("block", self.block)
+        check_count("count", self.count)
+        check_count("offset", self.offset, minimum=-(2**31))
+
+    def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
+        distance = (q_pos + self.offset) // self.block - kv_pos // self.block
+        return (distance >= 0) & (distance < self.count)
+
+    def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> np.ndarray:
+        nearest = (q_lo + self.offset) // self.block - kv_hi // self.block
+        farthest = (q_hi + self.offset) // self.block - kv_lo // self.block
+        return _kind(
+            some=(farthest >= 0) & (nearest < self.count),
+            every=(nearest >= 0) & (farthest < self.count),
         )
 
 

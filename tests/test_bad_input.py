@@ -127,6 +127,11 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
         left, right = x["window"] if isinstance(x["window"], tuple) else (x["window"] - 1, 0)
         distance = distance + x.get("offset", 0)
         allowed = allowed & (distance <= left) & (distance >= -right)
+    if "window_blocks" in x:
+        size, last = x["block_size"], key.shape[2] - query.shape[2]
+        blocks = (np.arange(query.shape[2])[:, None] + last) // size - np.arange(key.shape[2]) // size
+        near = (blocks < x["window_blocks"]) | np.isin(blocks, 2 ** np.arange(9))
+        allowed = allowed & (distance + last >= 0) & (near | (np.arange(key.shape[2]) // size < x["sink_blocks"]))
     if "block_mask" in x:
         symbolic = isinstance(x["block_mask"], masks.Mask)
         allowed = allowed & (x["block_mask"].dense(*distance.shape) if symbolic else x["block_mask"].to_dense())
@@ -217,6 +222,16 @@ NUMBERS = (0, -1, 2.5, True, "0.5", None, 1j, [1], np.ones(1, np.float32), (1, 2
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "window": (*NUMBERS, 4, 10**6, (0, 0), (2,), (1, 2, 3), (-1, 2), (1, 2.5), (1, True), "4"),
     "offset": (*NUMBERS, 1, -20),
+    "block_size": (*NUMBERS, 16, 10**6),
+    "window_blocks": (*NUMBERS, 3, 10**6),
+    "sink_blocks": (*NUMBERS, 1, 10**6),
+    "sample_size": (*NUMBERS, 5),
+    "min_seq_len": (*NUMBERS, 14),
+    "lsh_num_projs": (*NUMBERS, 3, 31),
+    "rng": (*NUMBERS, 7, 2**32, np.zeros(2, np.uint32)),
+    "exclude_block": ("yes", None, 2, False, np.ones(1, bool)),
+    "bucket_order": ("inverse_gray", "binary", 0, None, True),
+    "ragged": ("mask", "drop", 0, None, True),
     "scale": (*NUMBERS, 0.25),
     "logits_soft_cap": (*NUMBERS, 3.0, float("inf")),
     "chunk_size": (*NUMBERS, 3, -8, 8, 16.0, 2**20),

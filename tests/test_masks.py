@@ -16,7 +16,20 @@ from hypothesis import strategies as st
 
 from jattn import masks
 from jattn.mask_picture import picture, svg
-from jattn.masks import Causal, Chunked, Empty, Fn, Full, Mask, PowerOfTwo, Prefix, Sink, SlidingWindow, Stride
+from jattn.masks import (
+    Causal,
+    Chunked,
+    Empty,
+    Fn,
+    Full,
+    Mask,
+    NearBlocks,
+    PowerOfTwo,
+    Prefix,
+    Sink,
+    SlidingWindow,
+    Stride,
+)
 
 T, S = 17, 23
 
@@ -33,6 +46,9 @@ LEAVES = {
     Stride(3, phase=2): lambda t, s: (t - s - 2) in range(-60, 60, 3),
     PowerOfTwo(): lambda t, s: t - s in (0, 1, 2, 4, 8, 16),
     PowerOfTwo(block=3): lambda t, s: t // 3 - s // 3 in (0, 1, 2, 4, 8, 16),
+    PowerOfTwo(3, 4): lambda t, s: (t + 4) // 3 - s // 3 in (0, 1, 2, 4, 8, 16),
+    NearBlocks(3, 2): lambda t, s: t // 3 - s // 3 in (0, 1),
+    NearBlocks(4, 3, -5): lambda t, s: (t - 5) // 4 - s // 4 in (0, 1, 2),
     Full(): lambda t, s: True,
     Empty(): lambda t, s: False,
 }
@@ -44,7 +60,8 @@ leaves = st.one_of(
     st.builds(Sink, small),
     st.builds(Chunked, st.integers(1, 9)),
     st.builds(Stride, st.integers(4, 7), st.integers(0, 3)),
-    st.builds(PowerOfTwo, st.integers(1, 4)),
+    st.builds(PowerOfTwo, st.integers(1, 4), st.integers(-6, 6)),
+    st.builds(NearBlocks, st.integers(1, 4), st.integers(1, 3), st.integers(-6, 6)),
     st.sampled_from([Full(), Empty()]),
 )
 trees = st.recursive(
@@ -239,6 +256,7 @@ def test_an_equal_mask_is_no_new_compilation():
         (lambda: Stride(0), ValueError, "k: expected at least 1"),
         (lambda: Stride(3, 3), ValueError, "phase: expected less than k = 3, got 3"),
         (lambda: PowerOfTwo(0), ValueError, "block: expected at least 1"),
+        (lambda: NearBlocks(2, 0), ValueError, "count: expected at least 1"),
         (lambda: Fn("causal", key=1), TypeError, "function: expected a callable"),
         (lambda: Fn(lambda *_: True, key=[1]), TypeError, "key: expected a hashable value, got list"),
         (lambda: Causal() and Sink(1), TypeError, "combine masks with &"),

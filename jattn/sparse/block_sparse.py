@@ -44,6 +44,8 @@ from jattn.masks import FULL, PARTIAL, Full, Mask
 from jattn.softmax_tile import Score
 from jattn.sparse.block_lists import compact
 from jattn.sparse.block_mask import BlockMask, check_static
+from pallas_kernels.block_sparse import attention as kernel
+from pallas_kernels.block_sparse import tiling
 
 ScoreMod = Callable[..., Array]
 
@@ -89,7 +91,8 @@ def block_sparse_attention(
       dropout_rate: how likely a probability is dropped, below 1.
       dropout_seed: an integer of 32 bits, static or traced; which probabilities are dropped depends on it, the batch
         row, the head and the two positions, and on nothing else. It is not read at a rate of 0.
-      implementation: "xla" (walks the lists) or "reference" (dense; the one that has forward-mode derivatives).
+      implementation: "pallas_tpu", "xla" (both walk the lists) or "reference" (dense; the one that has forward-mode
+        derivatives); see `jattn.explain`.
 
     Returns:
       `out [B, T, N, V]` in the query's dtype; `lse [B, T, N]`, natural logarithm, in float32 (float64 for float64).
@@ -290,10 +293,66 @@ def _check_dropout(rate: Any, seed: Any) -> float:
     return float(rate)
 
 
-# Fastest first, so kernels go before these. Called as
+def fused_attention(
+    platform: kernel.Platform, operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
+    static_mask: BlockMask | Mask | None, score: Score, score_mod: ScoreMod | None, dropout_rate: float,
+) -> tuple[Array, Array]:  # fmt: skip
+    """One walk of a fused kernel over the lists, with the sizes of blocks that suit the chip."""
+    x = operands
+    block_mask: Any = static_mask if lists is None else lists
+    if isinstance(block_mask, Mask):
+        lengths = x.query.shape[1], x.key.shape[1]
+        cut = tiling.choose(*lengths, x.query.shape[3], x.value.shape[3], x.query.dtype)
+        block_mask = BlockMask.from_expr(block_mask, *lengths, cut.block_q, cut.block_kv)
+    if x.q_segments is not None and x.kv_segments is not None:
+        block_mask = block_mask.refine_segments(x.q_segments, x.kv_segments)
+    return kernel.block_sparse_attention(
+        x.query,
+        x.key,
+        x.value,
+        block_mask.work_list(),
+        block_mask.work_list(transposed=True),
+        element=None if block_mask.mask in (None, Full()) else block_mask.mask.elem,
+        score_mod=score_mod,
+        captured=x.captured or (),
+        q_segment_ids=x.q_segments,
+        kv_segment_ids=x.kv_segments,
+        sinks=x.sinks,
+        kv_bias=kv_bias,
+        scale=score.scale,
+        soft_cap=score.soft_cap,
+        block_q=block_mask.block_q,
+        block_kv=block_mask.block_kv,
+        platform=platform,
+    )
+
+
+def check_fused(
+    operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
+    static_mask: BlockMask | Mask | None, dropout_rate: float, **options: Any,
+) -> None:  # fmt: skip
+    """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
+    x, block_mask = operands, static_mask if lists is None else lists
+    if dropout_rate:
+        raise NotImplementedError("the kernel has no dropout")
+    sizes = {"block_q": tiling.LANES, "block_kv": tiling.LANES}
+    if isinstance(block_mask, BlockMask):
+        if block_mask.bank is not None:
+            raise NotImplementedError("the kernel asks a symbolic mask in partial blocks; these have a bank")
+        sizes = {"block_q": block_mask.block_q, "block_kv": block_mask.block_kv}
+        if any(size % tiling.LANES for size in sizes.values()):
+            raise NotImplementedError(f"the kernel has blocks of a multiple of {tiling.LANES}, not {sizes}")
+    if not all(isinstance(each, (jax.Array, np.ndarray)) for each in x.captured or ()):
+        raise NotImplementedError("the kernel reads captured arrays, not trees of them")
+    kernel.check(x.query, x.key, x.value, x.captured or (), **sizes)
+
+
+# Fastest first. Called as
 # `run(operands, kv_bias, lists, *, static_mask, score, score_mod, dropout_rate)`, where exactly one is not `None` of
 # `lists`, a dynamic BlockMask, and `static_mask`, a static one or a symbolic mask.
 _IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", functools.partial(fused_attention, "tpu"), check_fused),
     Implementation("xla", _walked),
     Implementation("reference", _dense),
+    Implementation("interpret", functools.partial(fused_attention, "interpret"), check_fused),
 )

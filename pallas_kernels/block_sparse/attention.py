@@ -1,0 +1,268 @@
+"""Softmax attention over listed pairs of blocks as fused kernels, differentiable in every floating-point array.
+
+    y_ts = scale <q_t, k_s> + bias_s     x_ts = f(y_ts)     z_ts = c tanh(x_ts / c)  with a soft cap c, else x_ts
+    lse_t = log(sum_s exp(z_ts) + exp(sink))                o_t = sum_s exp(z_ts - lse_t) v_s
+
+over the keys s that query t may attend to: their pair of blocks is listed, and in a partial block (kind 1) the element
+rule holds and segments are equal. A query that may attend to nothing gives 0 and -inf (with a sink: 0 and the sink).
+
+    out, lse = block_sparse_attention(q, k, v, by_row, by_col, element=mask.elem, scale=0.1, block_q=512, block_kv=1024)
+
+What is kept for the backward pass is the arguments, the outputs and lse.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_sparse import lists, scores, tiling
+from pallas_kernels.block_sparse.backward_tpu import backward
+from pallas_kernels.block_sparse.forward_tpu import forward
+from pallas_kernels.block_sparse.tiling import LANES, Tiling
+from pallas_kernels.block_sparse.walk import Problem
+from pallas_kernels.linear.call import alike, zeros_for_symbols
+
+Platform = Literal["tpu", "interpret"]
+CAPTURED_BUDGET = 128 * 2**10
+
+
+class Operands(NamedTuple):
+    """Arrays as the kernels read them: heads side by side along the lanes, positions along the lanes, lists packed."""
+
+    query: Array
+    key: Array
+    value: Array
+    kv_bias: Array | None
+    sinks: Array | None
+    captured: tuple[Array, ...]
+    q_segments: Array | None
+    kv_segments: Array | None
+    by_row: Array
+    by_col: Array | None
+
+    def named(self) -> dict[str, Array | None]:
+        """What both walks read."""
+        names = ("query", "key", "value", "kv_bias", "sinks", "q_segments", "kv_segments")
+        captured = {f"captured{i}": x for i, x in enumerate(self.captured)}
+        return {**{name: getattr(self, name) for name in names}, **captured}
+
+
+def block_sparse_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    by_row: Any,
+    by_col: Any = None,
+    *,
+    element: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    captured: Sequence[Array] = (),
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_bias: Float[Array, "B K S"] | None = None,
+    scale: float,
+    soft_cap: float | None = None,
+    block_q: int,
+    block_kv: int,
+    platform: Platform,
+    cut: Tiling | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Outputs in the query's dtype and the log-sum-exp in float32, natural logarithm.
+
+    Args:
+      query, key, value: bfloat16 or float32; query head n reads key head `n // (N // K)`.
+      by_row: a `lists.WorkList` or what has its three arrays, concrete or traced, sorted by row.
+      by_col: the same pairs sorted by col. The gradients of sequences that are too long for the chip need it.
+      element: `element(q_pos, kv_pos, head) -> bool` on broadcast integers, asked in partial blocks only.
+      score_mod: f above, `score_mod(y, b, h, q_pos, kv_pos, *captured)`, on a tile of float32.
+      captured: arrays that it reads by scalar indices, such as `slopes[h]`. They have gradients.
+      q_segment_ids, kv_segment_ids: only equal ids attend to each other. A full block promises that they are equal.
+      sinks: one logit for each query head that takes part in the softmax and has no value.
+      block_q, block_kv: of the lists; multiples of 128.
+      platform: "interpret" runs the kernels step by step anywhere.
+      cut: how a grid step is cut up; `None` chooses.
+
+    Raises:
+      NotImplementedError: what the kernel does not do, with the reason.
+      ValueError: lists or blocks that do not belong to the arrays, or do not fit scalar memory.
+    """
+    check(query, key, value, captured, block_q=block_q, block_kv=block_kv)
+    (batch, q_len, heads, width), (kv_len, kv_heads, value_width) = query.shape, value.shape[1:]
+    cut = cut or tiling.choose(q_len, kv_len, width, value_width, query.dtype, block_q=block_q, block_kv=block_kv)
+    if (cut.block_q, cut.block_kv) != (block_q, block_kv):
+        raise ValueError(f"cut: expected blocks of {block_q} x {block_kv}, got {cut.block_q} x {cut.block_kv}")
+    lengths, blocks = (q_len, kv_len), (block_q, block_kv)
+    for name, steps in (("by_row", by_row), ("by_col", by_col)):
+        if steps is not None:
+            lists.check(name, steps, batch=batch, heads=heads, kv_heads=kv_heads, lengths=lengths, blocks=blocks)
+    if by_col is not None and by_col.row.shape[:2] != by_row.row.shape[:2]:
+        raise ValueError(f"by_col: expected [Bm, Nm] as by_row has, {by_row.row.shape[:2]}, got {by_col.row.shape[:2]}")
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("q_segment_ids, kv_segment_ids: expected both or neither")
+    flat_captured = tuple(x.reshape(-1).astype(_scalar_dtype(x)) for x in captured)
+    p = Problem(
+        batch=batch,
+        q_len=q_len,
+        kv_len=kv_len,
+        heads=heads,
+        group=heads // kv_heads,
+        width=_whole(width),
+        value_width=_whole(value_width),
+        # Lanes beyond the values are there anyway; a tile of ones is added where it costs nothing.
+        sum_lane=value_width if value_width % LANES or cut.ones else None,
+        scale=scale,
+        soft_cap=soft_cap,
+        element=element,
+        score_mod=score_mod,
+        captured=tuple(x.shape for x in captured),
+        reads=_reads(score_mod, captured),
+        dtype=query.dtype,
+        tiling=cut,
+        steps=by_row.row.shape[2],
+        col_steps=by_col.row.shape[2] if by_col is not None else 0,
+        list_rows=by_row.row.shape[0],
+        list_heads=by_row.row.shape[1],
+        interpret=platform == "interpret",
+    )
+    operands = Operands(
+        query=_flat(query),
+        key=_flat(key),
+        value=_flat(value, 1),
+        kv_bias=None if kv_bias is None else kv_bias.astype(jnp.float32)[:, :, None],
+        sinks=None if sinks is None else sinks.astype(jnp.float32),
+        captured=flat_captured,
+        q_segments=None if q_segment_ids is None else q_segment_ids.astype(jnp.int32)[:, None],
+        kv_segments=None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32)[:, None],
+        by_row=jnp.asarray(lists.pack(by_row, lengths=lengths, blocks=blocks)),
+        by_col=None if by_col is None else jnp.asarray(lists.pack(by_col, lengths=lengths, blocks=blocks)),
+    )
+    leaves, tree = jax.tree.flatten(operands)
+    out, lse = attend(p, jax.tree.unflatten(tree, alike(*leaves)))
+    out = out.reshape(batch, q_len, heads, p.value_width)[..., :value_width]
+    return out, jnp.moveaxis(lse, 1, 2)
+
+
+def check(query: Array, key: Array, value: Array, captured: Sequence[Array], *, block_q: int, block_kv: int) -> None:
+    """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32) or x.dtype != query.dtype:
+            raise NotImplementedError(f"{name}: the kernel multiplies bfloat16 or float32 alone, not {x.dtype}")
+        if x.shape[-1] > 256:
+            raise NotImplementedError(f"{name}: the kernel has heads of up to 256 channels, not {x.shape[-1]}")
+    if block_q % LANES or block_kv % LANES or block_q < 1 or block_kv < 1:
+        raise ValueError(f"block_q, block_kv: expected multiples of {LANES}, got {block_q} and {block_kv}")
+    size = sum(4 * x.size for x in captured)
+    if size > CAPTURED_BUDGET:
+        raise NotImplementedError(
+            f"captured: the kernel has {CAPTURED_BUDGET >> 10} KiB of scalar memory for such arrays, not {size} bytes"
+        )
+
+
+def _reads(score_mod: Callable[..., Any] | None, captured: Sequence[Array]) -> int:
+    """How many numbers that have gradients the score function reads from captured arrays."""
+    if score_mod is None:
+        return 0
+    count, tile = 0, (8, LANES)
+
+    def run(x: Array, b: Array, h: Array, q_pos: Array, kv_pos: Array, *arrays: Array) -> Array:
+        def read(i: int, flat: Any) -> Array:
+            nonlocal count
+            count += int(jnp.issubdtype(arrays[i].dtype, jnp.floating))
+            return arrays[i].reshape(-1)[flat]
+
+        return score_mod(x, b, h, q_pos, kv_pos, *scores.tables([x.shape for x in arrays], read))
+
+    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    positions = (of((tile[0], 1), jnp.int32), of((1, tile[1]), jnp.int32))
+    arrays = (of(x.shape, _scalar_dtype(x)) for x in captured)
+    try:
+        out = jax.eval_shape(run, of(tile, jnp.float32), of((), jnp.int32), of((), jnp.int32), *positions, *arrays)
+    except TypeError as error:
+        raise NotImplementedError(scores.INDICES.format(error)) from error
+    if out.shape != tile or out.dtype != jnp.float32:
+        raise ValueError(f"score_mod: expected scores float32{list(tile)} back, got {out.dtype}{list(out.shape)}")
+    return count
+
+
+def _scalar_dtype(x: Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.float32
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
+        return jnp.int32
+    raise NotImplementedError(f"captured: scalar memory has float32 and int32, not {x.dtype}")
+
+
+def _whole(width: int) -> int:
+    return -(-width // LANES) * LANES
+
+
+def _flat(x: Array, fill: int = 0) -> Array:
+    """Heads side by side in whole tiles of lanes: device memory has no smaller ones, so nothing grows."""
+    padding = [(0, 0)] * 3 + [(0, -x.shape[-1] % LANES)]
+    return jnp.pad(x, padding, constant_values=fill).reshape(*x.shape[:2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(p: Problem, operands: Operands) -> tuple[Float[Array, "B T NV"], Float[Array, "B N T"]]:
+    out, lse = forward(p, operands.by_row, operands.named())
+    return out, lse[:, :, 0, : p.q_len]
+
+
+def attend_forward(p: Problem, operands: Any) -> Any:
+    wanted = tuple(() if x.perturbed else None for x in (operands.kv_bias, *operands.captured) if x is not None)
+    operands = jax.tree.map(lambda x: x.value, operands)
+    out, lse = attend(p, operands)
+    return (out, lse), (operands, out, lse, wanted)
+
+
+def attend_backward(p: Problem, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Operands]:
+    operands, out, lse, wanted = residuals
+    d_out, d_lse = zeros_for_symbols(cotangents)
+    products = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).reshape(*out.shape[:2], p.heads, p.value_width)
+    delta = jnp.moveaxis(jnp.sum(products, axis=-1), 1, 2) - d_lse
+    dead = lse == -jnp.inf
+    shift, delta = jnp.where(dead, jnp.inf, lse), jnp.where(dead, 0, delta)
+    padding = ((0, 0), (0, 0), (0, p.rows * p.tiling.block_q - p.q_len))
+    rows = {
+        "out_gradient": d_out.astype(p.dtype),
+        "shift": jnp.pad(shift * scores.LOG2E, padding, constant_values=jnp.inf)[:, :, None],
+        "delta": jnp.pad(delta, padding)[:, :, None],
+    }
+    with_bias = operands.kv_bias is not None and wanted[0] is not None
+    of_captured = wanted[operands.kv_bias is not None :]
+    with_captured = tuple(
+        i for i, x in enumerate(operands.captured) if of_captured[i] is not None and x.dtype == jnp.float32
+    )
+    found = backward(
+        p,
+        operands.by_row,
+        operands.by_col,
+        operands.named() | rows,
+        with_bias=with_bias,
+        with_captured=with_captured,
+    )
+    d_sinks = None
+    if operands.sinks is not None:
+        d_sinks = -jnp.sum(jnp.exp(operands.sinks[:, None] - shift) * delta, axis=(0, 2))
+    gradients: dict[str, Any] = dict.fromkeys(Operands._fields)
+    gradients |= {
+        "query": found["dq"],
+        "key": found["dk"],
+        "value": found["dv"],
+        "kv_bias": found.get("dkv_bias"),
+        "sinks": d_sinks,
+        "captured": tuple(found.get(f"dcaptured{i}") for i in range(len(operands.captured))),
+    }
+    return (Operands(**gradients),)
+
+
+attend.defvjp(attend_forward, attend_backward, symbolic_zeros=True)

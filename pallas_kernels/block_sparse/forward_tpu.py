@@ -1,0 +1,146 @@
+"""Softmax attention over listed pairs of blocks on TPU: the forward walk.
+
+A grid step is one listed pair of a query and a key block. With the logits u of `scores`, over the steps of a row:
+
+    m' = max(m, rowmax u)    p = 2^(u - m')    l' = 2^(m - m') l + rowsum p    acc' = 2^(m - m') acc + p v
+    o = acc / l              lse = m ln 2 + log l                              l = 0: o = 0, lse = -inf
+
+from m = -inf, l = 0, or with a sink m = sink log2(e), l = 1. A step is cut into tiles, and the scores of later tiles
+are begun before the softmax of this one, or the matrix units would stand still in its exponentials. Maxima are kept as
+128 columns that are all alike: a single column would be spread over the lanes for every tile. Row sums are kept lane
+by lane, or where that is free are a product with a column of ones beside the values.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.block_sparse import scores, walk
+from pallas_kernels.block_sparse.lists import EDGE, FULL, PARTIAL, col_of, kind_of, row_of
+from pallas_kernels.block_sparse.tiling import LANES
+from pallas_kernels.block_sparse.walk import Problem, Refs, Step
+
+
+def _kernel(p: Problem, table: Any, r: Refs) -> None:
+    t = p.tiling
+    b, n, a = (pl.program_id(i) for i in range(3))
+    before, code, after = (walk.code_at(p, table, b, n, a + i, p.steps) for i in (-1, 0, 1))
+    row, col, kind = row_of(code), col_of(code), kind_of(code)
+
+    @pl.when((a == 0) | (row_of(before) != row))
+    def _() -> None:
+        _begin_row(p, n, r)
+
+    step = Step(b, n, row * t.block_q, col * t.block_kv, kind)
+    pl.when(kind == FULL)(functools.partial(_visit, p, step, r, masked=False))
+    pl.when((kind == PARTIAL) | (kind == EDGE))(functools.partial(_visit, p, step, r, masked=True))
+
+    @pl.when((a == p.steps - 1) | (row_of(after) != row))
+    def _() -> None:
+        l = jnp.sum(r.l[...], axis=1, keepdims=True) if p.sum_lane is None else r.acc[:, p.sum_lane : p.sum_lane + 1]
+        seen = l > 0
+        l = jnp.where(seen, l, 1)
+        r.out[...] = (r.acc[:, : p.value_width] * (1 / l)).astype(r.out.dtype)
+        lse = jnp.where(seen, r.m[:, :1] * math.log(2) + jnp.log(l), -jnp.inf)
+        r.lse[...] = jnp.broadcast_to(lse, (t.block_q, LANES)).T[:1]
+
+
+def _begin_row(p: Problem, n: Any, r: Refs) -> None:
+    if r.sinks is None:
+        r.m[...] = jnp.full_like(r.m, -jnp.inf)
+        r.acc[...] = jnp.zeros_like(r.acc)
+        if r.l is not None:
+            r.l[...] = jnp.zeros_like(r.l)
+    else:
+        r.m[...] = jnp.full_like(r.m, r.sinks[n] * scores.LOG2E)
+        if p.sum_lane is not None:
+            r.acc[...] = jnp.where(walk.iota(r.acc.shape, 1) >= p.sum_lane, 1.0, 0.0)
+        else:
+            r.acc[...] = jnp.zeros_like(r.acc)
+            r.l[...] = jnp.where(walk.iota(r.l.shape, 1) == 0, 1.0, 0.0)
+    if r.prepared is not None:
+        r.prepared[...] = scores.prepared(p, r, r.query[...])
+    if r.q_ids is not None:
+        r.q_ids[...] = walk.upright(r.q_segments[...])
+
+
+def _visit(p: Problem, step: Step, r: Refs, *, masked: bool) -> None:
+    t = p.tiling
+    rows, columns = walk.parts(t.block_q, t.forward.q), walk.parts(t.block_kv, t.forward.kv)
+    units = [(i, j) for j in range(len(columns)) for i in range(len(rows))]
+    m = [r.m[at] for at in rows]
+    queries = r.query if r.prepared is None else r.prepared
+
+    def begin(unit: tuple[int, int]) -> jax.Array:
+        i, j = unit
+        here = scores.place(step, rows[i], columns[j])
+        x = scores.biased(p, r, scores.product(p, queries[rows[i]], r.key[columns[j]]), here, columns[j])
+        x, _ = scores.binary(p, r, scores.modified(p, r, here, x, scores.reader(r)))
+        if not masked:
+            return x
+        ids = (None, None) if r.q_ids is None else (r.q_ids[rows[i]], r.kv_segments[:, columns[j]])
+        allowed = scores.allowed(p, here, *ids)
+        return x if allowed is None else jnp.where(allowed, x, -jnp.inf)
+
+    for (i, j), x in walk.ahead(units, t.forward.lag, begin):
+        v = r.value[columns[j]]
+        if masked and p.ragged_kv:
+            v = scores.within(v, step.kv_start + columns[j].start, p.kv_len)
+        largest = jnp.maximum(m[i], jnp.max(x, axis=1, keepdims=True))
+        # A bias or a score function may be -inf as well.
+        can_be_empty = masked or scores.has_score(p, r)
+        finite = jnp.where(largest == -jnp.inf, 0, largest) if can_be_empty else largest
+        weights = jnp.exp2(x - walk.wide(finite, t.forward.kv))
+        kept = jnp.exp2(m[i] - finite)
+        if p.sum_lane is None:
+            r.l[rows[i]] = kept * r.l[rows[i]] + sum(weights[:, at] for at in walk.parts(t.forward.kv, LANES))
+        elif p.sum_lane == p.value_width:
+            v = jnp.concatenate([v, jnp.ones((t.forward.kv, LANES), v.dtype)], axis=1)
+        moved = walk.dot(weights.astype(v.dtype), v)
+        r.acc[rows[i]] = walk.wide(kept, moved.shape[1]) * r.acc[rows[i]] + moved
+        m[i] = largest
+    for at, largest in zip(rows, m, strict=True):
+        r.m[at] = largest
+
+
+def forward(p: Problem, table: jax.Array, operands: Mapping[str, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+    """Outputs `[B, T, N * value_width]` and the natural log-sum-exp `[B, N, 1, T]`, as long as whole blocks are.
+
+    Args:
+      operands: query, key, value, kv_bias `[B, K, 1, S]`, q_segments `[B, 1, T]`, kv_segments `[B, 1, S]`, sinks `[N]`
+        and the captured arrays, flat.
+    """
+    t, f32 = p.tiling, jnp.float32
+    padded = p.rows * t.block_q
+    scratch: dict[str, Any] = {"m": ((t.block_q, LANES), f32)}
+    if p.sum_lane is None:
+        scratch["l"] = ((t.block_q, LANES), f32)
+    extra = LANES if p.sum_lane == p.value_width else 0
+    scratch["acc"] = ((t.block_q, p.value_width + extra), f32)
+    if scores.is_prepared(p):
+        scratch["prepared"] = ((t.block_q, scores.prepared_width(p)), p.dtype)
+    if operands["q_segments"] is not None:
+        scratch["q_ids"] = ((t.block_q, LANES), jnp.int32)
+    out, lse = walk.call(
+        p,
+        functools.partial(_kernel, p),
+        "block_sparse_attention_forward",
+        (p.batch, p.heads, p.steps),
+        table,
+        operands,
+        {
+            "out": ((p.batch, p.q_len, p.heads * p.value_width), p.dtype),
+            "lse": ((p.batch, p.heads, 1, padded), f32),
+        },
+        walk.specs(p, lambda b, n, a: (b, n, a), p.steps),
+        scratch,
+        products=p.width + p.value_width,
+    )
+    return out, lse

@@ -1,0 +1,156 @@
+"""Logits of a tile of queries and keys, in binary logarithms.
+
+With y = scale q k^T + bias and x = f(y), where f is the identity or a caller's score function,
+
+    u = log2(e) c tanh(x / c)  with a soft cap c,  else  log2(e) x        u = -inf where the pair is not allowed
+
+and dy = f'(y) (1 - tanh(x / c)^2) dz for z = u ln 2. The constants are multiplied into the queries where that is free:
+in float32, and where `split` gives their two bfloat16 halves the empty half of a matrix unit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sparse import walk
+from pallas_kernels.block_sparse.lists import EDGE
+from pallas_kernels.block_sparse.walk import Problem, Refs, Step, iota
+
+LOG2E = math.log2(math.e)
+INDICES = (
+    "captured: the kernel keeps captured arrays in scalar memory and reads them by one scalar index per axis, such as "
+    "slopes[head]; {} is none"
+)
+
+
+class Table:
+    """A captured array as a score function sees it in the kernel: scalars, read by scalar indices."""
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[Any], Any]) -> None:
+        self.shape, self._read = shape, read
+
+    def __getitem__(self, index: Any) -> Any:
+        indices = index if isinstance(index, tuple) else (index,)
+        if len(indices) != len(self.shape) or not all(map(_is_scalar, indices)):
+            raise NotImplementedError(INDICES.format(repr(index)[:80]))
+        flat: Any = 0
+        for i, size in zip(indices, self.shape, strict=True):
+            flat = flat * size + (i + size if isinstance(i, (int, np.integer)) and i < 0 else i)
+        return self._read(flat)
+
+
+def _is_scalar(index: Any) -> bool:
+    return isinstance(index, (int, np.integer)) or (isinstance(index, (jax.Array, np.ndarray)) and index.ndim == 0)
+
+
+def tables(shapes: Sequence[tuple[int, ...]], read: Callable[[int, Any], Any]) -> list[Any]:
+    """What a score function gets for arrays of `shapes`; `read(which, flat index)`."""
+    return [
+        Table(shape, lambda flat, i=i: read(i, flat)) if shape else read(i, 0)  # type: ignore[misc]
+        for i, shape in enumerate(shapes)
+    ]
+
+
+class Place(NamedTuple):
+    """Where a tile is: in a step, at positions `[t, 1]` and `[1, s]`."""
+
+    step: Step
+    q_pos: jax.Array
+    kv_pos: jax.Array
+
+
+def place(step: Step, rows: slice, columns: slice) -> Place:
+    t, s = rows.stop - rows.start, columns.stop - columns.start
+    return Place(step, step.q_start + rows.start + iota((t, 1), 0), step.kv_start + columns.start + iota((1, s), 1))
+
+
+def has_score(p: Problem, refs: Refs) -> bool:
+    """Whether something stands between the scaled product and the soft cap."""
+    return p.score_mod is not None or refs.kv_bias is not None
+
+
+def _factor(p: Problem, refs: Refs) -> float:
+    if has_score(p, refs):
+        return p.scale
+    return p.scale * LOG2E if p.soft_cap is None else p.scale / p.soft_cap
+
+
+def is_prepared(p: Problem) -> bool:
+    """Whether `prepared` changes the queries."""
+    return p.split or p.dtype == jnp.float32
+
+
+def prepared_width(p: Problem) -> int:
+    return 2 * p.width if p.split else p.width
+
+
+def prepared(p: Problem, refs: Refs, q: jax.Array) -> jax.Array:
+    """Queries as `product` takes them."""
+    scaled = q.astype(jnp.float32) * _factor(p, refs)
+    if not p.split:
+        return scaled
+    high = scaled.astype(q.dtype)
+    return jnp.concatenate([high, (scaled - high.astype(jnp.float32)).astype(q.dtype)], axis=1)
+
+
+def product(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
+    return walk.dot(q, jnp.concatenate([k, k], axis=1) if p.split else k, (1, 1))
+
+
+def biased(p: Problem, refs: Refs, x: jax.Array, at: Place, columns: slice) -> jax.Array:
+    """y, from what `product` gives: scaled, if that has not been done, and with the bias of keys."""
+    x = x if is_prepared(p) else x * _factor(p, refs)
+    if refs.kv_bias is None:
+        return x
+    bias = refs.kv_bias[:, columns]
+    return x + (jnp.where(at.kv_pos < p.kv_len, bias, 0) if p.ragged_kv else bias)
+
+
+def modified(p: Problem, refs: Refs, at: Place, x: jax.Array, read: Callable[[int, Any], Any]) -> jax.Array:
+    """f(y)."""
+    if p.score_mod is None:
+        return x
+    return p.score_mod(x, at.step.b, at.step.n, at.q_pos, at.kv_pos, *tables(p.captured, read))
+
+
+def reader(refs: Refs) -> Callable[[int, Any], Any]:
+    return lambda i, flat: refs[f"captured{i}"][flat]
+
+
+def binary(p: Problem, refs: Refs, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """u, and with a soft cap tanh(x / c)."""
+    if p.soft_cap is None:
+        return (x * LOG2E if has_score(p, refs) else x), None
+    t = jnp.tanh(x * (1 / p.soft_cap) if has_score(p, refs) else x)
+    return t * (p.soft_cap * LOG2E), t
+
+
+def allowed(p: Problem, at: Place, q_ids: jax.Array | None, kv_ids: jax.Array | None) -> jax.Array | None:
+    """Which pairs of a block that is not full, or at the edge, are allowed; `None`: all.
+
+    Args:
+      q_ids: segments of the queries, columns that are all alike; kv_ids: of the keys, a row.
+    """
+    rules = []
+    if p.element is not None:
+        rules.append(p.element(at.q_pos, at.kv_pos, at.step.n))
+    if q_ids is not None and kv_ids is not None:
+        rules.append(walk.wide(q_ids, kv_ids.shape[1]) == kv_ids)
+    if rules and (p.ragged_q or p.ragged_kv):
+        rules = [functools.reduce(operator.and_, rules) | (at.step.kind == EDGE)]
+    if p.ragged_kv:
+        rules.append(at.kv_pos < p.kv_len)
+    return functools.reduce(operator.and_, rules) if rules else None
+
+
+def within(x: jax.Array, start: Any, length: int) -> jax.Array:
+    """Rows after the end of a sequence as 0: what is read there may be NaN, and 0 NaN is NaN."""
+    return jnp.where(start + iota((x.shape[0], 1), 0) < length, x, 0)

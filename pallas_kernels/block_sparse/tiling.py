@@ -1,0 +1,122 @@
+"""How the work of a chip is cut up: blocks of a grid step, tiles inside it, and which units do what.
+
+Chosen by what the compiler schedules (`python -m pallas_kernels.lab report --family block_sparse`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A piece of a grid step whose scores are in registers or beside them at once; `lag` more are begun ahead of it."""
+
+    q: int
+    kv: int
+    lag: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """One grid step.
+
+    Attributes:
+      ones: row sums by a product with ones, where values leave half of a matrix unit empty.
+      split: scaled queries as two bfloat16 halves, where the products of scores leave half of a matrix unit empty.
+      vmem: bytes of on-chip memory that a kernel may take.
+      resident: bytes of it for gradients of keys and values of a whole sequence.
+    """
+
+    block_q: int
+    block_kv: int
+    forward: Tile
+    backward: Tile
+    ones: bool
+    split: bool
+    vmem: int
+    resident: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    block_q: int
+    block_kv: int
+    forward: Tile
+    backward: Tile
+    wide: bool  # matrix units of 256 x 256
+    vmem: int
+
+
+_V5 = _Chip(1024, 2048, Tile(512, 512, 1), Tile(512, 512, 1), wide=False, vmem=128 * 2**20)
+_V6 = _Chip(1024, 2048, Tile(256, 512, 2), Tile(256, 512, 1), wide=True, vmem=128 * 2**20)
+_V7 = dataclasses.replace(_V6, vmem=64 * 2**20)
+
+
+def choose(
+    q_len: int,
+    kv_len: int,
+    width: int,
+    value_width: int,
+    dtype: Any,
+    *,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    kind: str | None = None,
+) -> Tiling:
+    """The cut for a problem.
+
+    Args:
+      block_q, block_kv: of lists that are there already; `None` chooses, within the lengths.
+      kind: of the device, as JAX names it; `None` asks the device that is compiled for, where it is known.
+    """
+    chip = _chip(_kind() if kind is None else kind)
+    narrow, less = jnp.dtype(dtype) == jnp.bfloat16, 1
+    # Float32 products are six passes and wide heads several: as much more code, and compile time follows it.
+    if not narrow or max(width, value_width) > LANES:
+        less = 2
+    block_q = block_q or _within(q_len, chip.block_q // less)
+    block_kv = block_kv or _within(kv_len, chip.block_kv // less)
+
+    def fitted(tile: Tile) -> Tile:
+        return Tile(_divisor(block_q, tile.q), _divisor(block_kv, tile.kv), tile.lag if narrow else 1)
+
+    return Tiling(
+        block_q=block_q,
+        block_kv=block_kv,
+        forward=fitted(chip.forward),
+        backward=fitted(chip.backward),
+        ones=chip.wide and narrow and value_width <= LANES,
+        split=chip.wide and narrow and width <= LANES,
+        vmem=chip.vmem * 7 // 8,
+        resident=chip.vmem // 2,
+    )
+
+
+def _kind() -> str:
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
+
+
+def _chip(kind: str) -> _Chip:
+    if "v6" in kind:
+        return _V6
+    return _V7 if "7" in kind else _V5
+
+
+def _within(length: int, block: int) -> int:
+    """`block`, or the length in whole lanes if that is shorter."""
+    return min(block, -(-length // LANES) * LANES)
+
+
+def _divisor(block: int, most: int) -> int:
+    """The largest part of a block in whole lanes up to `most` that divides it."""
+    return max(size for size in range(LANES, min(block, most) + 1, LANES) if block % size == 0)

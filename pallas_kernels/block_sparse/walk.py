@@ -1,0 +1,225 @@
+"""What the walks over listed pairs of blocks share on TPU: sizes, where a grid step is, blocks, the call.
+
+Arrays are read as [B, T, heads * width]: a head is a range of whole tiles of lanes, and nothing is transposed in
+memory. What belongs to positions alone (log-sum-exps, segment ids, biases of keys) lies along the lanes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.block_sparse.lists import col_of, row_of
+from pallas_kernels.block_sparse.tiling import LANES, Tiling
+
+Indices = Callable[..., Any]
+Where = Callable[..., tuple[Any, Any, Any]]
+"""From the indices of the grid: which batch row, query head and step of the list."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is fixed while tracing.
+
+    Attributes:
+      group: query heads of a key head.
+      width, value_width: of a head in whole tiles of lanes.
+      sum_lane: the column of [values | ones] from which there are ones, whose products are row sums; `None`: none.
+      steps: of a list; there are `list_rows` of them for batch rows, and for each of these `list_heads` for heads.
+      captured: shapes of the arrays that the score function reads; `reads`: how often it reads a floating-point one.
+    """
+
+    batch: int
+    q_len: int
+    kv_len: int
+    heads: int
+    group: int
+    width: int
+    value_width: int
+    sum_lane: int | None
+    scale: float
+    soft_cap: float | None
+    element: Callable[..., Any] | None
+    score_mod: Callable[..., Any] | None
+    captured: tuple[tuple[int, ...], ...]
+    reads: int
+    dtype: Any
+    tiling: Tiling
+    steps: int
+    col_steps: int
+    list_rows: int
+    list_heads: int
+    interpret: bool
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.group
+
+    @property
+    def split(self) -> bool:
+        return self.tiling.split and self.dtype == jnp.bfloat16
+
+    @property
+    def rows(self) -> int:
+        return -(-self.q_len // self.tiling.block_q)
+
+    @property
+    def columns(self) -> int:
+        return -(-self.kv_len // self.tiling.block_kv)
+
+    @property
+    def ragged_q(self) -> bool:
+        return self.q_len % self.tiling.block_q > 0
+
+    @property
+    def ragged_kv(self) -> bool:
+        return self.kv_len % self.tiling.block_kv > 0
+
+
+class Step(NamedTuple):
+    """A step of the grid: its batch row and query head, where its blocks begin, and of what kind the pair is."""
+
+    b: Any
+    n: Any
+    q_start: Any
+    kv_start: Any
+    kind: Any
+
+
+class Refs(dict[str, Any]):
+    """The arrays of a kernel by name; `None` for one that it was not given."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+
+def dot(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
+    """a b, contracting dimension `over[0]` of a with `over[1]` of b, added up in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def wide(x: jax.Array, width: int) -> jax.Array:
+    """Columns that are all alike, as many as wanted."""
+    return jnp.concatenate([x] * (width // LANES), axis=1)
+
+
+def upright(row: jax.Array) -> jax.Array:
+    """A row as columns that are all alike."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def parts(size: int, part: int) -> list[slice]:
+    return [slice(i, i + part) for i in range(0, size, part)]
+
+
+def ahead(units: Sequence[Any], lag: int, begin: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    """Every unit and what `begin` makes of it, begun `lag` units ahead of its turn."""
+    begun: dict[Any, Any] = {}
+    for i, unit in enumerate(units):
+        for later in units[i : i + lag + 1]:
+            if later not in begun:
+                begun[later] = begin(later)
+        yield unit, begun.pop(unit)
+
+
+def code_at(p: Problem, table: Any, b: Any, n: Any, a: Any, steps: int) -> Any:
+    """Step a, or the nearest there is, of the list of a batch row and a query head."""
+    which = n // (p.heads // p.list_heads)
+    if p.list_rows > 1:
+        which += b * p.list_heads
+    return table[which * steps + jnp.clip(a, 0, steps - 1)]
+
+
+def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
+    """Blocks of the kinds of arrays."""
+    t = p.tiling
+
+    def block(sizes: tuple[int | None, ...], index: Indices) -> pl.BlockSpec:
+        def at(*places: Any) -> Any:
+            *ids, table = places
+            b, n, a = where(*ids)
+            code = code_at(p, table, b, n, a, steps)
+            return index(b, n, row_of(code), col_of(code))
+
+        return pl.BlockSpec(sizes, at)
+
+    def query(width: int) -> pl.BlockSpec:
+        return block((None, t.block_q, width), lambda b, n, row, col: (b, row, n))
+
+    def key(width: int) -> pl.BlockSpec:
+        return block((None, t.block_kv, width), lambda b, n, row, col: (b, col, n // p.group))
+
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    return {
+        "query": query(p.width),
+        "key": key(p.width),
+        "value": key(p.value_width),
+        "out": query(p.value_width),
+        "lse": block((None, None, 1, t.block_q), lambda b, n, row, col: (b, n, 0, row)),
+        "kv_bias": block((None, None, 1, t.block_kv), lambda b, n, row, col: (b, n // p.group, 0, col)),
+        "q_segments": block((None, 1, t.block_q), lambda b, n, row, col: (b, 0, row)),
+        "kv_segments": block((None, 1, t.block_kv), lambda b, n, row, col: (b, 0, col)),
+        "sinks": scalars,
+        **{f"captured{i}": scalars for i in range(len(p.captured))},
+    }
+
+
+def call(
+    p: Problem,
+    kernel: Callable[[Any, Refs], None],
+    name: str,
+    grid: tuple[int, ...],
+    table: jax.Array,
+    operands: Mapping[str, jax.Array | None],
+    results: Mapping[str, tuple[Sequence[int], Any]],
+    blocks: Mapping[str, pl.BlockSpec],
+    scratch: Mapping[str, tuple[Sequence[int], Any]],
+    *,
+    products: int,
+) -> list[jax.Array]:
+    """Runs a kernel, which gets the list and all its arrays by name, over a grid that begins with batch and heads.
+
+    Args:
+      operands: those that are `None` are left out.
+      results, scratch: shapes and dtypes.
+      products: multiplications of a pair of a query and a key.
+    """
+    given = {name: x for name, x in operands.items() if x is not None}
+    names = [*given, *results, *scratch]
+    axes = jax.typeof(given["query"]).manual_axis_type
+    shapes = [jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=axes) for shape, dtype in results.values()]
+    arrays: list[Any] = [*given.values(), *shapes]
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+    pairs = p.batch * p.heads * p.steps * p.tiling.block_q * p.tiling.block_kv
+    return pl.pallas_call(
+        lambda table, *refs: kernel(table, Refs(zip(names, refs, strict=True))),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[blocks[name] for name in given],
+            out_specs=[blocks[name] for name in results],
+            scratch_shapes=[pltpu.VMEM(tuple(shape), dtype) for shape, dtype in scratch.values()],
+        ),
+        out_shape=shapes,
+        name=name,
+        cost_estimate=pl.CostEstimate(flops=2 * products * pairs, bytes_accessed=moved, transcendentals=pairs),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * (len(grid) - 2),
+            vmem_limit_bytes=p.tiling.vmem,
+        ),
+        interpret=p.interpret,
+    )(table, *given.values())

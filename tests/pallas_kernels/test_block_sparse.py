@@ -1,0 +1,339 @@
+"""The block-sparse kernels, interpreted, against dense attention in float64: values, log-sum-exps, every gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import dot_product_attention
+from jattn.masks import Causal, SlidingWindow
+from pallas_kernels.block_sparse import Tile, Tiling, WorkList, block_sparse_attention
+
+CUT = Tiling(
+    block_q=128,
+    block_kv=256,
+    forward=Tile(128, 128, 1),
+    backward=Tile(128, 128, 1),
+    ones=False,
+    split=False,
+    vmem=2**26,
+    resident=2**25,
+)
+TWO_WALKS = dataclasses.replace(CUT, resident=0)
+WIDE_UNITS = dataclasses.replace(CUT, ones=True, split=True)
+LATE = ~Causal(offset=100)  # the last queries see nothing
+WINDOW = Causal(offset=40) & SlidingWindow(150)
+
+
+def work_lists(kinds):
+    """Lists by row and by column of kinds `[Bm, Nm, nq, nk]`, padded to one length by steps that do nothing."""
+
+    def listed(kind):
+        some = kind > 0
+        some[~some.any(axis=1), 0] = True
+        return *np.nonzero(some), kind[np.nonzero(some)]
+
+    def together(kinds):
+        found = [listed(kind) for kind in kinds.reshape(-1, *kinds.shape[2:])]
+        most = max(len(steps[0]) for steps in found)
+
+        def array(which):
+            padded = [
+                np.pad(steps[which], (0, most - len(steps[0])), **({"mode": "edge"} if which < 2 else {}))
+                for steps in found
+            ]
+            return np.stack(padded).astype(np.int32).reshape(*kinds.shape[:2], most)
+
+        return [array(which) for which in range(3)]
+
+    row, col, kind = together(np.swapaxes(kinds, 2, 3))
+    return WorkList(*together(kinds)), WorkList(col, row, kind)
+
+
+def of_mask(mask, q_len, kv_len):
+    return mask.block_kinds(q_len, kv_len, CUT.block_q, CUT.block_kv)[None, None].astype(np.int32)
+
+
+def operands(batch, q_len, kv_len, heads, kv_heads, width, value_width, *, dtype=jnp.float32, **more):
+    """And as `more` says sinks, kv_bias or other arrays of the given shapes."""
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+    shapes = {
+        "query": (batch, q_len, heads, width),
+        "key": (batch, kv_len, kv_heads, width),
+        "value": (batch, kv_len, kv_heads, value_width),
+    }
+    found = {name: jax.random.normal(next(keys), shape).astype(dtype) for name, shape in shapes.items()}
+    found |= {name: jax.random.normal(next(keys), shape) for name, shape in more.items()}
+    cotangents = (
+        jax.random.normal(next(keys), (batch, q_len, heads, value_width)).astype(dtype),
+        jax.random.normal(next(keys), (batch, q_len, heads)),
+    )
+    return found, cotangents
+
+
+def allowed(kinds, mask, heads, q_len, kv_len):
+    """The dense mask of kinds."""
+    by_pair = np.repeat(np.repeat(kinds, CUT.block_q, axis=2), CUT.block_kv, axis=3)[..., :q_len, :kv_len]
+    by_head = np.repeat(by_pair, heads // kinds.shape[1], axis=1)
+    return (by_head == 2) | ((by_head == 1) & mask.dense(q_len, kv_len))
+
+
+def run(function, arguments, cotangents):
+    out, transpose = jax.vjp(jax.jit(function), arguments)
+    return dict(zip(("out", "lse"), out, strict=True)) | transpose(cotangents)[0]
+
+
+def compare(
+    arguments,
+    cotangents,
+    mask,
+    kinds=None,
+    *,
+    cut=CUT,
+    soft_cap=None,
+    segments=None,
+    ratio=1e-5,
+    reference=None,
+    **options,
+):
+    """`reference(arguments) -> arguments` says what a score function does to the arguments of dense attention."""
+    query, key = arguments["query"], arguments["key"]
+    sizes = (query.shape[2], query.shape[1], key.shape[1])
+    kinds = of_mask(mask, *sizes[1:]) if kinds is None else kinds
+    by_row, by_col = work_lists(kinds)
+    captured = [name for name in arguments if name not in ("query", "key", "value", "kv_bias", "sinks")]
+
+    def fused(x):
+        return block_sparse_attention(
+            *(x[name] for name in ("query", "key", "value")),
+            by_row,
+            by_col,
+            element=mask.elem,
+            q_segment_ids=None if segments is None else segments[0],
+            kv_segment_ids=None if segments is None else segments[1],
+            sinks=x.get("sinks"),
+            kv_bias=x.get("kv_bias"),
+            captured=[x[name] for name in captured],
+            scale=0.2,
+            soft_cap=soft_cap,
+            block_q=CUT.block_q,
+            block_kv=CUT.block_kv,
+            platform="interpret",
+            cut=cut,
+            **options,
+        )
+
+    def dense(x):
+        x = reference(x) if reference else x
+        bias = x.get("bias")
+        if "kv_bias" in x:
+            bias = jnp.repeat(x["kv_bias"], sizes[0] // key.shape[2], axis=1)[:, :, None]
+        return dot_product_attention(
+            x["query"],
+            x["key"],
+            x["value"],
+            bias,
+            allowed(kinds, mask, *sizes),
+            scale=0.2,
+            logits_soft_cap=soft_cap,
+            sinks=x.get("sinks"),
+            segment_ids=segments,
+            return_lse=True,
+            implementation="reference",
+        )
+
+    got = run(fused, arguments, cotangents)
+    with jax.enable_x64(True):
+        want = run(dense, *jax.tree.map(lambda x: x.astype(jnp.float64), (arguments, cotangents)))
+    got, want = jax.tree.map(lambda x: np.asarray(x, np.float64), (got, want))
+    seen = np.isfinite(want["lse"])
+    np.testing.assert_array_equal(np.isfinite(got["lse"]), seen)
+    assert not got["out"][~seen].any()
+    for name, wanted in want.items():
+        finite = seen if name == "lse" else ...
+        error = np.sqrt(np.mean((got[name][finite] - wanted[finite]) ** 2))
+        size = np.sqrt(np.mean(wanted[finite] ** 2))
+        assert error < (ratio if name in ("out", "lse") else 2 * ratio) * size, f"{name}: {error / size:.2g}"
+    return got
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mask", "cut"),
+    [
+        ((2, 211, 307, 4, 2, 128, 80), WINDOW, CUT),
+        ((1, 211, 307, 2, 1, 80, 128), LATE, TWO_WALKS),
+        ((1, 307, 211, 2, 2, 16, 256), WINDOW, CUT),
+    ],
+    ids=["grouped", "two walks, rows that see nothing", "narrow"],
+)
+def test_values_and_gradients(sizes, mask, cut):
+    compare(*operands(*sizes), mask, cut=cut)
+
+
+@pytest.mark.parametrize("cut", [CUT, WIDE_UNITS, dataclasses.replace(TWO_WALKS, split=True)])
+def test_bfloat16(cut):
+    compare(*operands(1, 211, 307, 2, 1, 128, 128, dtype=jnp.bfloat16), LATE, cut=cut, ratio=5e-3)
+
+
+def test_rows_that_see_nothing_whether_listed_or_not():
+    """With and without a sink; the second block of queries is not listed, the first one all but empty."""
+    listed, mask = np.array([[[[1, 1], [0, 0], [2, 0]]]], np.int32), Causal(offset=-120)
+    compare(*operands(1, 307, 307, 1, 1, 16, 16), mask, listed)
+    arguments, cotangents = operands(1, 307, 307, 2, 1, 16, 16, sinks=(2,))
+    got = compare(arguments, cotangents, mask, listed)
+    np.testing.assert_allclose(got["lse"][0, 128:256], np.broadcast_to(arguments["sinks"], (128, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [CUT, TWO_WALKS], ids=["one walk", "two walks"])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 4)], ids=["batch", "key heads", "batch and heads"])
+def test_lists_of_batch_rows_and_heads(shape, cut):
+    kinds = np.random.default_rng(0).integers(0, 3, (*shape, 2, 2)).astype(np.int32)
+    kinds[0, 0, 1] = 0
+    compare(*operands(2, 211, 307, 4, 2, 16, 32), Causal(), kinds, cut=cut)
+
+
+def test_one_compilation_serves_all_traced_lists():
+    arguments, _ = operands(1, 256, 512, 1, 1, 16, 16)
+    traces = 0
+
+    @jax.jit
+    def attend(by_row, by_col, query):
+        nonlocal traces
+        traces += 1
+        out, _ = block_sparse_attention(
+            query, arguments["key"], arguments["value"], by_row, by_col, scale=0.2, block_q=128, block_kv=256,
+            platform="interpret", cut=CUT,
+        )  # fmt: skip
+        return jnp.sum(out)
+
+    for listed in ([[2, 0], [0, 2]], [[0, 2], [2, 0]]):
+        kinds = np.array([[listed]], np.int32)
+        lists = jax.tree.map(jnp.asarray, work_lists(kinds))
+        got, gradient = jax.value_and_grad(attend, argnums=2)(*lists, arguments["query"])
+
+        def dense(query, mask):
+            out = dot_product_attention(
+                query, arguments["key"], arguments["value"], mask=mask, scale=0.2, implementation="reference"
+            )
+            return jnp.sum(out)
+
+        want, wanted = jax.value_and_grad(dense)(arguments["query"], allowed(kinds, Causal(), 1, 256, 512))
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+        np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+    assert traces == 1
+
+
+@pytest.mark.parametrize(("cut", "value_width"), [(CUT, 32), (TWO_WALKS, 128)], ids=["one walk", "two walks"])
+def test_segments_bias_of_keys_cap_and_sinks(cut, value_width):
+    segments = (
+        jnp.asarray(np.repeat([0, 3, 4], [50, 101, 60])[None]),
+        jnp.asarray(np.repeat([0, 3, 5], [80, 131, 96])[None]),
+    )
+    arguments, cotangents = operands(1, 211, 307, 4, 2, 16, value_width, kv_bias=(1, 2, 307), sinks=(4,))
+    compare(arguments, cotangents, Causal(offset=60), cut=cut, soft_cap=3.0, segments=segments)
+
+
+@pytest.mark.parametrize("cut", [WIDE_UNITS, TWO_WALKS], ids=["one walk", "two walks"])
+def test_score_functions_and_the_gradients_of_what_they_capture(cut):
+    def score_mod(score, b, h, q_pos, kv_pos, slopes, temperature, shift):
+        return score * temperature[b, h] + slopes[h] * (kv_pos - q_pos) * 0.01 + shift
+
+    def reference(x):
+        distance = jnp.arange(307) - jnp.arange(211)[:, None]
+        bias = x["slopes"][:, None, None] * distance * 0.01 + x["shift"]
+        return x | {"query": x["query"] * x["temperature"][:, None, :, None], "bias": bias[None]}
+
+    arguments, cotangents = operands(2, 211, 307, 4, 2, 16, 32, slopes=(4,), temperature=(2, 4), shift=())
+    compare(arguments, cotangents, LATE, cut=cut, soft_cap=4.0, score_mod=score_mod, reference=reference)
+
+
+def small(**options):
+    arguments, _ = operands(1, 128, 256, 1, 1, 16, 16)
+    by_row, by_col = work_lists(np.full((1, 1, 1, 1), 2, np.int32))
+    named = {"by_row": by_row, "by_col": by_col, "scale": 1.0, "block_q": 128, "block_kv": 256} | options
+    return functools.partial(block_sparse_attention, **(arguments | {"platform": "interpret"} | named))
+
+
+def test_the_cut_that_is_chosen():
+    got, lse = small(scale=0.2)()
+    arguments, _ = operands(1, 128, 256, 1, 1, 16, 16)
+    want = dot_product_attention(**arguments, scale=0.2, return_lse=True, implementation="reference")
+    np.testing.assert_allclose(got, want[0], atol=1e-5)
+    np.testing.assert_allclose(lse, want[1], atol=1e-5)
+
+
+def test_what_the_kernel_does_not_do():
+    table = jnp.zeros(300)
+    with pytest.raises(NotImplementedError, match="scalar index per axis"):
+        small(score_mod=lambda s, b, h, q, kv, table: s + table[q - kv], captured=[table])()
+    with pytest.raises(NotImplementedError, match="scalar index per axis"):
+        small(score_mod=lambda s, b, h, q, kv, table: s * table, captured=[table])()
+    with pytest.raises(NotImplementedError, match="not float16"):
+        small(query=jnp.zeros((1, 128, 1, 16), jnp.float16))()
+    with pytest.raises(NotImplementedError, match="up to 256 channels, not 300"):
+        small(value=jnp.zeros((1, 256, 1, 300)))()
+
+
+def test_lists_and_blocks_that_do_not_belong():
+    with pytest.raises(ValueError, match="multiples of 128, got 64 and 256"):
+        small(block_q=64)()
+    with pytest.raises(ValueError, match=r"Bm in \{1, 1\}"):
+        small(by_row=WorkList(*np.zeros((3, 2, 1, 4), np.int32)))()
+    with pytest.raises(ValueError, match="use larger blocks: block_q=256, block_kv=512"):
+        small(by_row=WorkList(*np.zeros((3, 1, 1, 2**18), np.int32)))()
+    with pytest.raises(ValueError, match=r"by_col: expected .* as by_row has"):
+        small(query=jnp.zeros((1, 128, 2, 16)), by_col=WorkList(*np.zeros((3, 1, 2, 1), np.int32)))()
+    with pytest.raises(ValueError, match="expected both or neither"):
+        small(q_segment_ids=jnp.zeros((1, 128), jnp.int32))()
+    with pytest.raises(ValueError, match="score_mod: expected scores"):
+        small(score_mod=lambda s, *_: s[:1])()
+    call, (arguments, _) = small(by_col=None, cut=TWO_WALKS), operands(1, 128, 256, 1, 1, 16, 16)
+    gradient = jax.grad(lambda query: jnp.sum(call(query=query)[0]))
+    with pytest.raises(ValueError, match="by_col: expected a list"):
+        gradient(arguments["query"])
+
+
+def test_the_op_on_the_kernel():
+    rng = np.random.default_rng(5)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, 300, 4, 32), (2, 300, 2, 32), (2, 300, 2, 48))
+    )
+    slopes = jnp.asarray([0.1, 0.2, 0.3, 0.4])
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 300))), jnp.int32)
+    mask = Causal() & SlidingWindow(150)
+
+    def gradients(implementation):
+        def loss(query, key, value, slopes):
+            out, lse = jattn.block_sparse_attention(
+                query, key, value, mask, score_mod=lambda score, b, h, i, j, slopes: score - slopes[h] * (i - j),
+                captured=(slopes,), segment_ids=ids, return_lse=True, implementation=implementation,
+            )  # fmt: skip
+            return jnp.sum(jnp.sin(out)) + jnp.sum(lse), (out, lse)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=range(4), has_aux=True))(query, key, value, slopes)
+
+    for found, wanted in zip(*(jax.tree.leaves(gradients(name)) for name in ("interpret", "reference")), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+    (decision,) = jattn.explain(jattn.block_sparse_attention, query, key, value, mask)
+    assert decision.chosen["tpu"] == "pallas_tpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout_rate": 0.5, "dropout_seed": 1}, "no dropout"),
+        ({"block_mask": jattn.BlockMask.from_dense(np.tri(60, dtype=bool), 128, 128)}, "have a bank"),
+        ({"block_mask": jattn.BlockMask.from_expr(Causal(), 60, 60, 32, 32)}, "a multiple of 128"),
+    ],
+)
+def test_what_the_op_leaves_to_xla(options, reason):
+    query = jnp.ones((1, 60, 2, 16))
+    given = {"block_mask": Causal(), **options}
+    (decision,) = jattn.explain(jattn.block_sparse_attention, query, query, query, **given)
+    assert decision.chosen["tpu"] == "xla"
+    assert reason in decision.refused["pallas_tpu"]
