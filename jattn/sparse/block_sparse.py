@@ -312,7 +312,7 @@ def fused_attention(
         x.value,
         block_mask.work_list(),
         block_mask.work_list(transposed=True),
-        element=None if block_mask.mask in (None, Full()) else block_mask.mask.elem,
+        element=_element(block_mask),
         score_mod=score_mod,
         captured=x.captured or (),
         q_segment_ids=x.q_segments,
@@ -327,24 +327,31 @@ def fused_attention(
     )
 
 
+def _element(mask: Any) -> Callable[..., Any] | None:
+    """The rule of partial blocks, for the kernel."""
+    rule = mask.mask if isinstance(mask, BlockMask) else mask
+    return None if rule in (None, Full()) else rule.elem
+
+
 def check_fused(
     operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
-    static_mask: BlockMask | Mask | None, dropout_rate: float, **options: Any,
+    static_mask: BlockMask | Mask | None, score_mod: ScoreMod | None, dropout_rate: float, **options: Any,
 ) -> None:  # fmt: skip
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
-    x, block_mask = operands, static_mask if lists is None else lists
+    x, mask = operands, static_mask if lists is None else lists
     if dropout_rate:
         raise NotImplementedError("the kernel has no dropout")
-    sizes = {"block_q": tiling.LANES, "block_kv": tiling.LANES}
-    if isinstance(block_mask, BlockMask):
-        if block_mask.bank is not None:
+    sizes: dict[str, Any] = {"block_q": tiling.LANES, "block_kv": tiling.LANES}
+    if isinstance(mask, BlockMask):
+        if mask.bank is not None:
             raise NotImplementedError("the kernel asks a symbolic mask in partial blocks; these have a bank")
-        sizes = {"block_q": block_mask.block_q, "block_kv": block_mask.block_kv}
+        sizes = {"block_q": mask.block_q, "block_kv": mask.block_kv}
         if any(size % tiling.LANES for size in sizes.values()):
             raise NotImplementedError(f"the kernel has blocks of a multiple of {tiling.LANES}, not {sizes}")
     if not all(isinstance(each, (jax.Array, np.ndarray)) for each in x.captured or ()):
         raise NotImplementedError("the kernel reads captured arrays, not trees of them")
-    kernel.check(x.query, x.key, x.value, x.captured or (), **sizes)
+    functions: Any = {"element": _element(mask), "score_mod": score_mod, "captured": x.captured or ()}
+    kernel.check(x.query, x.key, x.value, **functions, **sizes)
 
 
 # Fastest first. Called as

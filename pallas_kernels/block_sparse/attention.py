@@ -30,6 +30,9 @@ from pallas_kernels.linear.call import alike, zeros_for_symbols
 
 Platform = Literal["tpu", "interpret"]
 CAPTURED_BUDGET = 128 * 2**10
+SUBLANES = 8
+# Positions of queries and of keys in the smallest tile, and a head: what functions are asked with to learn about them.
+_INTEGERS = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((SUBLANES, 1), (1, LANES), ()))
 
 
 class Operands(NamedTuple):
@@ -93,7 +96,8 @@ def block_sparse_attention(
       NotImplementedError: what the kernel does not do, with the reason.
       ValueError: lists or blocks that do not belong to the arrays, or do not fit scalar memory.
     """
-    check(query, key, value, captured, block_q=block_q, block_kv=block_kv)
+    _check_arrays(query, key, value, captured, block_q=block_q, block_kv=block_kv)
+    _check_element(element)
     (batch, q_len, heads, width), (kv_len, kv_heads, value_width) = query.shape, value.shape[1:]
     cut = cut or tiling.choose(q_len, kv_len, width, value_width, query.dtype, block_q=block_q, block_kv=block_kv)
     if (cut.block_q, cut.block_kv) != (block_q, block_kv):
@@ -149,8 +153,26 @@ def block_sparse_attention(
     return out, jnp.moveaxis(lse, 1, 2)
 
 
-def check(query: Array, key: Array, value: Array, captured: Sequence[Array], *, block_q: int, block_kv: int) -> None:
+def check(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    element: Callable[..., Any] | None,
+    score_mod: Callable[..., Any] | None,
+    captured: Sequence[Array],
+    block_q: int,
+    block_kv: int,
+) -> None:
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
+    _check_arrays(query, key, value, captured, block_q=block_q, block_kv=block_kv)
+    _check_element(element)
+    _reads(score_mod, captured)
+
+
+def _check_arrays(
+    query: Array, key: Array, value: Array, captured: Sequence[Array], *, block_q: int, block_kv: int
+) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype not in (jnp.bfloat16, jnp.float32) or x.dtype != query.dtype:
             raise NotImplementedError(f"{name}: the kernel multiplies bfloat16 or float32 alone, not {x.dtype}")
@@ -165,11 +187,16 @@ def check(query: Array, key: Array, value: Array, captured: Sequence[Array], *, 
         )
 
 
+def _check_element(element: Callable[..., Any] | None) -> None:
+    if element is not None and jax.make_jaxpr(lambda *at: element(*at))(*_INTEGERS).consts:
+        raise NotImplementedError("element: the kernel holds no arrays of its surroundings, and this mask reads some")
+
+
 def _reads(score_mod: Callable[..., Any] | None, captured: Sequence[Array]) -> int:
     """How many numbers that have gradients the score function reads from captured arrays."""
     if score_mod is None:
         return 0
-    count, tile = 0, (8, LANES)
+    count = 0
 
     def run(x: Array, b: Array, h: Array, q_pos: Array, kv_pos: Array, *arrays: Array) -> Array:
         def read(i: int, flat: Any) -> Array:
@@ -179,15 +206,17 @@ def _reads(score_mod: Callable[..., Any] | None, captured: Sequence[Array]) -> i
 
         return score_mod(x, b, h, q_pos, kv_pos, *scores.tables([x.shape for x in arrays], read))
 
-    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    positions = (of((tile[0], 1), jnp.int32), of((1, tile[1]), jnp.int32))
-    arrays = (of(x.shape, _scalar_dtype(x)) for x in captured)
+    tile, (q_pos, kv_pos, scalar) = (SUBLANES, LANES), _INTEGERS
+    arrays = (jax.ShapeDtypeStruct(x.shape, _scalar_dtype(x)) for x in captured)
     try:
-        out = jax.eval_shape(run, of(tile, jnp.float32), of((), jnp.int32), of((), jnp.int32), *positions, *arrays)
+        x = jax.ShapeDtypeStruct(tile, jnp.float32)
+        program, out = jax.make_jaxpr(run, return_shape=True)(x, scalar, scalar, q_pos, kv_pos, *arrays)
     except TypeError as error:
         raise NotImplementedError(scores.INDICES.format(error)) from error
+    if program.consts:
+        raise NotImplementedError(
+            "score_mod: the kernel holds no arrays of its surroundings, and this one reads some; pass them in captured"
+        )
     if out.shape != tile or out.dtype != jnp.float32:
         raise ValueError(f"score_mod: expected scores float32{list(tile)} back, got {out.dtype}{list(out.shape)}")
     return count
