@@ -115,32 +115,13 @@ def _gradients_kernel(p: Problem, *refs: Any) -> None:
 
 
 def _states(
-    p: Problem, a: jax.Array, b: jax.Array, sums: jax.Array, begin: jax.Array, *, backward: bool
+    p: Problem, a: jax.Array, b: jax.Array, sums: jax.Array, begin: jax.Array, *, backward: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """`[B, K, chunks, H, V]` in the operands' dtype, and the state at the end."""
-    t, group = p.blocks.tile, p.group if backward else 1
-    full = (p.batch, p.heads, p.width, p.value_width)
-    tiles = (p.batch * p.heads, -(-p.width // t), -(-p.value_width // t))
-    rounded = tiles[1] * t, tiles[2] * t
-
-    def head(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, p.padded, group, width), lambda i, *_: (i // p.heads, 0, i % p.heads, 0))
-
-    state = pl.BlockSpec((None, None, *rounded), lambda i, *_: (i // p.heads, i % p.heads, 0, 0))
-    return programs.call(
-        p,
-        functools.partial(_states_kernel, p, backward),
-        "linear_attention_state_gradients" if backward else "linear_attention_states",
-        tiles,
-        p.blocks.warps[0],
-        2 * p.batch * p.heads * group * p.padded * p.width * p.value_width,
-        in_specs=[head(rounded[0]), head(rounded[1]), programs.sums_spec(p, axis=0), state],
-        out_specs=[
-            pl.BlockSpec((None, None, p.chunks, *rounded), lambda i, *_: (i // p.heads, i % p.heads, 0, 0, 0)),
-            state,
-        ],
-        out_shape=[shape((*full[:2], p.chunks, *full[2:]), p.dtype, a), shape(full, jnp.float32, a)],
-    )(a, b, sums, begin)
+    name = "linear_attention_state_gradients" if backward else "linear_attention_states"
+    kernel = functools.partial(_states_kernel, p, backward)
+    return programs.states(
+        p, kernel, name, programs.sums_spec(p, axis=0), a, b, sums, begin, group=p.group if backward else 1
+    )
 
 
 def forward(
@@ -154,7 +135,7 @@ def forward(
     out_dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, N, V]` and the state after the last token."""
-    states, end = _states(p, key, value, sums, state, backward=False)
+    states, end = _states(p, key, value, sums, state)
     size, queries = min(p.blocks.value_tile, p.value_wide), p.heads * p.group
     values, tokens = -(-p.value_width // size) * size, programs.query_heads(p)
     out = programs.call(
@@ -188,7 +169,7 @@ def backward(
     end_gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key, value, the initial state, and of the sums b `[B, K, padded]`."""
-    states, _ = _states(p, key, value, sums, state, backward=False)
+    states, _ = _states(p, key, value, sums, state)
     after, dstate = _states(p, query, out_gradient, sums, end_gradient, backward=True)
     queries, tokens = p.heads * p.group, programs.query_heads(p)
     by_query = (p.batch, p.length, queries)

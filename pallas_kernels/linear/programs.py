@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear import gates
+from pallas_kernels.linear.walk import shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,3 +206,44 @@ def chunk_state_spec(p: Problem, values: int) -> pl.BlockSpec:
         return head // p.heads, head % p.heads, i, 0, 0
 
     return pl.BlockSpec((None, None, None, p.wide, values), index)
+
+
+def states(
+    p: Problem,
+    kernel: Any,
+    name: str,
+    sums_spec: pl.BlockSpec,
+    a: jax.Array,
+    b: jax.Array,
+    sums: jax.Array,
+    begin: jax.Array,
+    *,
+    group: int,
+) -> tuple[jax.Array, jax.Array]:
+    """States `[B, K, chunks, H, V]` in the operands' dtype and the last one: sums of a^T b over `group` heads of both.
+
+    A program has a tile of one head's states and walks over all chunks.
+    """
+    t = p.blocks.tile
+    full = (p.batch, p.heads, p.width, p.value_width)
+    tiles = (p.batch * p.heads, -(-p.width // t), -(-p.value_width // t))
+    rounded = tiles[1] * t, tiles[2] * t
+
+    def head(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, p.padded, group, width), lambda i, *_: (i // p.heads, 0, i % p.heads, 0))
+
+    state = pl.BlockSpec((None, None, *rounded), lambda i, *_: (i // p.heads, i % p.heads, 0, 0))
+    return call(
+        p,
+        kernel,
+        name,
+        tiles,
+        p.blocks.warps[0],
+        2 * p.batch * p.heads * group * p.padded * p.width * p.value_width,
+        in_specs=[head(rounded[0]), head(rounded[1]), sums_spec, state],
+        out_specs=[
+            pl.BlockSpec((None, None, p.chunks, *rounded), lambda i, *_: (i // p.heads, i % p.heads, 0, 0, 0)),
+            state,
+        ],
+        out_shape=[shape((*full[:2], p.chunks, *full[2:]), p.dtype, a), shape(full, jnp.float32, a)],
+    )(a, b, sums, begin)
