@@ -533,7 +533,11 @@ def test_the_loss_is_its_terms(is_causal):
         ({"k_oversample": 0.5}, ValueError, "k_oversample: expected at least 1, got 0.5"),
         ({"segment_ids": SEGMENTS[:, ::-1]}, ValueError, "segment_ids: expected numbers that never decrease"),
         ({"is_causal": 1}, TypeError, "is_causal: expected a static True or False, got int"),
-        ({"implementation": "pallas"}, NotImplementedError, "implementation: nothing named does this call"),
+        (
+            {"implementation": "pallas"},
+            NotImplementedError,
+            "implementation: pallas_tpu, pallas_gpu of linear_attention runs on",
+        ),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
