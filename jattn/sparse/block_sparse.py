@@ -40,12 +40,11 @@ from jattn.dot_product import (
     split_segment_ids,
     varying_alike,
 )
+from jattn.fused import check_fused, fused_attention
 from jattn.masks import FULL, PARTIAL, Full, Mask
 from jattn.softmax_tile import Score
 from jattn.sparse.block_lists import compact
 from jattn.sparse.block_mask import BlockMask, check_static
-from pallas_kernels.block_sparse import attention as kernel
-from pallas_kernels.block_sparse import tiling
 
 ScoreMod = Callable[..., Array]
 
@@ -291,67 +290,6 @@ def _check_dropout(rate: Any, seed: Any) -> float:
             f"dropout_seed: dropout_rate = {rate} needs one; pass an integer, another one for every step and layer"
         )
     return float(rate)
-
-
-def fused_attention(
-    platform: kernel.Platform, operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
-    static_mask: BlockMask | Mask | None, score: Score, score_mod: ScoreMod | None, dropout_rate: float,
-) -> tuple[Array, Array]:  # fmt: skip
-    """One walk of a fused kernel over the lists, with the sizes of blocks that suit the chip."""
-    x = operands
-    block_mask: Any = static_mask if lists is None else lists
-    if isinstance(block_mask, Mask):
-        lengths = x.query.shape[1], x.key.shape[1]
-        cut = tiling.choose(*lengths, x.query.shape[3], x.value.shape[3], x.query.dtype)
-        block_mask = BlockMask.from_expr(block_mask, *lengths, cut.block_q, cut.block_kv)
-    if x.q_segments is not None and x.kv_segments is not None:
-        block_mask = block_mask.refine_segments(x.q_segments, x.kv_segments)
-    return kernel.block_sparse_attention(
-        x.query,
-        x.key,
-        x.value,
-        block_mask.work_list(),
-        block_mask.work_list(transposed=True),
-        element=_element(block_mask),
-        score_mod=score_mod,
-        captured=x.captured or (),
-        q_segment_ids=x.q_segments,
-        kv_segment_ids=x.kv_segments,
-        sinks=x.sinks,
-        kv_bias=kv_bias,
-        scale=score.scale,
-        soft_cap=score.soft_cap,
-        block_q=block_mask.block_q,
-        block_kv=block_mask.block_kv,
-        platform=platform,
-    )
-
-
-def _element(mask: Any) -> Callable[..., Any] | None:
-    """The rule of partial blocks, for the kernel."""
-    rule = mask.mask if isinstance(mask, BlockMask) else mask
-    return None if rule in (None, Full()) else rule.elem
-
-
-def check_fused(
-    operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
-    static_mask: BlockMask | Mask | None, score_mod: ScoreMod | None, dropout_rate: float, **options: Any,
-) -> None:  # fmt: skip
-    """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
-    x, mask = operands, static_mask if lists is None else lists
-    if dropout_rate:
-        raise NotImplementedError("the kernel has no dropout")
-    sizes: dict[str, Any] = {"block_q": tiling.LANES, "block_kv": tiling.LANES}
-    if isinstance(mask, BlockMask):
-        if mask.bank is not None:
-            raise NotImplementedError("the kernel asks a symbolic mask in partial blocks; these have a bank")
-        sizes = {"block_q": mask.block_q, "block_kv": mask.block_kv}
-        if any(size % tiling.LANES for size in sizes.values()):
-            raise NotImplementedError(f"the kernel has blocks of a multiple of {tiling.LANES}, not {sizes}")
-    if not all(isinstance(each, (jax.Array, np.ndarray)) for each in x.captured or ()):
-        raise NotImplementedError("the kernel reads captured arrays, not trees of them")
-    functions: Any = {"element": _element(mask), "score_mod": score_mod, "captured": x.captured or ()}
-    kernel.check(x.query, x.key, x.value, **functions, **sizes)
 
 
 # Fastest first. Called as

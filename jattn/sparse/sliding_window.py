@@ -41,6 +41,7 @@ from jattn.dot_product import (
     split_segment_ids,
     varying_alike,
 )
+from jattn.fused import check_fused_softmax, fused_softmax
 from jattn.masks import Causal, Mask
 from jattn.softmax_tile import (
     Score,
@@ -52,6 +53,7 @@ from jattn.softmax_tile import (
     row_statistics,
     sink_gradient,
 )
+from pallas_kernels.block_sparse.attention import Platform
 
 
 def sliding_window_attention(
@@ -77,7 +79,8 @@ def sliding_window_attention(
         the own and that many after it: the mask `SlidingWindow(left, right)`.
       offset: the position of the first query minus that of the first key; `None` is 0 and needs T = S.
       scale, logits_soft_cap, sinks, segment_ids, return_lse: as in `dot_product_attention`.
-      implementation: "xla" (a band of blocks) or "reference" (dense; the one that has forward-mode derivatives).
+      implementation: "pallas_tpu" (a fused kernel), "xla" (a band of blocks) or "reference" (dense; the one that has
+        forward-mode derivatives).
 
     Returns:
       `out [B, T, N, V]`, or `(out, lse [B, T, N])`; a query that sees nothing has 0 and -inf.
@@ -298,7 +301,17 @@ def _ungrouped(x: Array, length: int) -> Array:
     return from_blocks(x.reshape(-1, *x.shape[2:]), length)
 
 
+def _fused(platform: Platform, operands: Operands, *, band: Band, score: Score) -> tuple[Array, Array]:
+    return fused_softmax(platform, operands, mask=band.mask(), score=score)
+
+
+def _check_fused(operands: Operands, *, band: Band, score: Score) -> None:
+    check_fused_softmax(operands, mask=band.mask(), score=score)
+
+
 _IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", functools.partial(_fused, "tpu"), _check_fused),
     Implementation("xla", windowed_attention),
     Implementation("reference", _dense),
+    Implementation("interpret", functools.partial(_fused, "interpret"), _check_fused),
 )

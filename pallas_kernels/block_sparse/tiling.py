@@ -52,10 +52,11 @@ class _Chip:
     backward: Tile
     wide: bool  # matrix units of 256 x 256
     vmem: int
+    overhead: float  # of a grid step, forward and backward, in the time of 512 x 512 pairs
 
 
-_V5 = _Chip(1024, 2048, Tile(512, 512, 1), Tile(512, 512, 1), wide=False, vmem=128 * 2**20)
-_V6 = _Chip(1024, 2048, Tile(256, 512, 2), Tile(256, 512, 1), wide=True, vmem=128 * 2**20)
+_V5 = _Chip(1024, 2048, Tile(512, 512, 1), Tile(512, 512, 1), wide=False, vmem=128 * 2**20, overhead=0.35)
+_V6 = _Chip(1024, 2048, Tile(256, 512, 2), Tile(256, 512, 1), wide=True, vmem=128 * 2**20, overhead=1.1)
 _V7 = dataclasses.replace(_V6, vmem=64 * 2**20)
 
 
@@ -99,6 +100,24 @@ def choose(
     )
 
 
+def candidates(q_len: int, kv_len: int, width: int, value_width: int, dtype: Any) -> list[tuple[int, int]]:
+    """Sizes of blocks worth a try, largest first: small ones list a mask closely, large ones take few steps."""
+    largest = choose(q_len, kv_len, width, value_width, dtype)
+    sizes, block_q, block_kv = [], largest.block_q, largest.block_kv
+    while (block_q, block_kv) not in sizes:
+        sizes.append((block_q, block_kv))
+        if block_kv >= block_q:
+            block_kv = max(min(block_kv, 512), _whole(block_kv // 2))
+        else:
+            block_q = max(min(block_q, 512), _whole(block_q // 2))
+    return sizes
+
+
+def cost(steps: int, block_q: int, block_kv: int) -> float:
+    """The time of so many grid steps, in that of 512 x 512 pairs."""
+    return steps * (block_q * block_kv / 512**2 + _chip(_kind()).overhead)
+
+
 def _kind() -> str:
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
@@ -114,7 +133,11 @@ def _chip(kind: str) -> _Chip:
 
 def _within(length: int, block: int) -> int:
     """`block`, or the length in whole lanes if that is shorter."""
-    return min(block, -(-length // LANES) * LANES)
+    return min(block, _whole(length))
+
+
+def _whole(length: int) -> int:
+    return -(-length // LANES) * LANES
 
 
 def _divisor(block: int, most: int) -> int:

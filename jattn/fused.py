@@ -1,0 +1,105 @@
+"""Softmax attention over listed pairs of blocks by the fused kernels, for every op that is one walk over such lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jattn.blockwise import Operands
+from jattn.masks import Full, Mask
+from jattn.softmax_tile import Score
+from jattn.sparse.block_mask import BlockMask
+from pallas_kernels.block_sparse import attention as kernel
+from pallas_kernels.block_sparse import lists as kernel_lists
+from pallas_kernels.block_sparse import tiling
+
+
+def fused_attention(
+    platform: kernel.Platform, operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
+    static_mask: BlockMask | Mask | None, score: Score, score_mod: Callable[..., Array] | None, dropout_rate: float,
+) -> tuple[Array, Array]:  # fmt: skip
+    """One walk of a fused kernel over the lists, with the sizes of blocks that suit the chip."""
+    x = operands
+    block_mask: Any = static_mask if lists is None else lists
+    if isinstance(block_mask, Mask):
+        block_mask = _blocks(block_mask, x)
+    if x.q_segments is not None and x.kv_segments is not None:
+        block_mask = block_mask.refine_segments(x.q_segments, x.kv_segments)
+    return kernel.block_sparse_attention(
+        x.query,
+        x.key,
+        x.value,
+        block_mask.work_list(),
+        block_mask.work_list(transposed=True),
+        element=_element(block_mask),
+        score_mod=score_mod,
+        captured=x.captured or (),
+        q_segment_ids=x.q_segments,
+        kv_segment_ids=x.kv_segments,
+        sinks=x.sinks,
+        kv_bias=kv_bias,
+        scale=score.scale,
+        soft_cap=score.soft_cap,
+        block_q=block_mask.block_q,
+        block_kv=block_mask.block_kv,
+        platform=platform,
+    )
+
+
+def _blocks(mask: Mask, x: Operands) -> BlockMask:
+    """The blocks of a symbolic mask, of the size that takes least time of those whose lists fit scalar memory."""
+    lengths = x.query.shape[1], x.key.shape[1]
+    sizes = tiling.candidates(*lengths, x.query.shape[3], x.value.shape[3], x.query.dtype)
+    rows = 1
+    if x.q_segments is not None:  # every row has lists of its own then, and few segments fill wide blocks
+        rows, sizes = x.query.shape[0], [size for size in sizes if size[1] <= 1024]
+    masks = [BlockMask.from_expr(mask, *lengths, *size) for size in sizes]
+    fitting = [each for each in masks if rows * each.num_steps * 4 <= kernel_lists.BUDGET] or masks[:1]
+    return min(fitting, key=lambda each: tiling.cost(each.num_steps, each.block_q, each.block_kv))
+
+
+def _element(mask: Any) -> Callable[..., Any] | None:
+    """The rule of partial blocks, for the kernel."""
+    rule = mask.mask if isinstance(mask, BlockMask) else mask
+    return None if rule in (None, Full()) else rule.elem
+
+
+def check_fused(
+    operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
+    static_mask: BlockMask | Mask | None, score_mod: Callable[..., Array] | None, dropout_rate: float, **options: Any,
+) -> None:  # fmt: skip
+    """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
+    x, mask = operands, static_mask if lists is None else lists
+    if dropout_rate:
+        raise NotImplementedError("the kernel has no dropout")
+    sizes: dict[str, Any] = {"block_q": tiling.LANES, "block_kv": tiling.LANES}
+    if isinstance(mask, BlockMask):
+        if mask.bank is not None:
+            raise NotImplementedError("the kernel asks a symbolic mask in partial blocks; these have a bank")
+        sizes = {"block_q": mask.block_q, "block_kv": mask.block_kv}
+        if any(size % tiling.LANES for size in sizes.values()):
+            raise NotImplementedError(f"the kernel has blocks of a multiple of {tiling.LANES}, not {sizes}")
+    if not all(isinstance(each, (jax.Array, np.ndarray)) for each in x.captured or ()):
+        raise NotImplementedError("the kernel reads captured arrays, not trees of them")
+    functions: Any = {"element": _element(mask), "score_mod": score_mod, "captured": x.captured or ()}
+    kernel.check(x.query, x.key, x.value, **functions, **sizes)
+
+
+def fused_softmax(platform: kernel.Platform, operands: Operands, *, mask: Mask, score: Score) -> tuple[Array, Array]:
+    """The walk over the blocks of a symbolic mask."""
+    options: Any = {"score_mod": None, "dropout_rate": 0.0}
+    return fused_attention(platform, operands, None, None, static_mask=mask, score=score, **options)
+
+
+def check_fused_softmax(operands: Operands, *, mask: Mask, score: Score) -> None:
+    """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
+    for name in ("bias", "mask"):
+        if getattr(operands, name) is not None:
+            raise NotImplementedError(
+                f"{name}: the kernel reads no array with an entry for every pair; symbolic masks it evaluates"
+            )
+    check_fused(operands, None, None, static_mask=mask, score=score, score_mod=None, dropout_rate=0.0)
