@@ -6,11 +6,14 @@ independent. Along the sequence (context parallelism) a device holds a piece of 
 - the delta rule exchanges affine maps of states: S_in[i] = R[i-1] + M[i-1] S_in[i-1], with an `[H, H]` matrix M;
 - a sliding window fetches the keys and values within reach of its neighbours (a halo exchange);
 - softmax attention passes keys and values round a ring and merges the partial results by their log-sum-exp (Liu et al.
-2023).
+2023);
+- block-sparse attention gathers keys and values and sends queries to where there is least work.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,10 +33,13 @@ from jattn.linear.gated import gated_delta_rule, kda, simple_gla
 from jattn.linear.lightning import lightning_attention
 from jattn.linear.recurrence import linear_attention
 from jattn.linear.retention import retention, retention_gamma
+from jattn.sparse.block_mask import BlockMask
+from jattn.sparse.block_sparse import ScoreMod, block_sparse_attention
+from jattn.sparse.on_mesh import gathered_attention
 from jattn.sparse.sliding_window import sliding_window_attention
 
 Axes = str | Sequence[str] | None
-ARRAYS = ("segment_ids", "log_decay", "slopes", "gamma", "beta", "initial_state")
+ARRAYS = ("segment_ids", "log_decay", "slopes", "gamma", "beta", "initial_state", "sinks", "captured")
 
 
 def shard_attention(
@@ -48,17 +54,19 @@ def shard_attention(
     """`op` over the axes of `mesh`.
 
     Args:
-      op: `dot_product_attention`, `sliding_window_attention`, `linear_attention` and its named forms
-        (`lightning_attention`, `retention`, `simple_gla`), `delta_rule` and its (`gated_delta_rule`, `kda`).
+      op: `dot_product_attention`, `sliding_window_attention`, `block_sparse_attention`, `linear_attention` and its
+        named forms (`lightning_attention`, `retention`, `simple_gla`), `delta_rule` and its (`gated_delta_rule`,
+        `kda`).
       mesh: the devices.
       batch, heads: mesh axes that split B, and the heads of queries, keys and values; every size must divide.
       context: the mesh axis that splits the sequence into consecutive pieces of equal length.
-      options: static options of the op, none of them an array.
+      options: options of the op, none of them an array; a `BlockMask` may hold arrays, and its lists of batch rows or
+        heads are split as those are.
 
     Returns:
       `f(query, key, value, *, segment_ids=None, log_decay=None, slopes=None, gamma=None, beta=None,
-      initial_state=None)` on global arrays, which returns what the op does. Only the array arguments that the op has
-      may be given.
+      initial_state=None, sinks=None, captured=None)` on global arrays, which returns what the op does. Only the array
+      arguments that the op has may be given. Every device has all that is captured.
 
     Raises:
       NotImplementedError: another array, another result, or a combination with `context` that is not made: the
@@ -69,6 +77,7 @@ def shard_attention(
     table: dict[Any, Callable[..., Array]] = {
         dot_product_attention: _ring,
         sliding_window_attention: _halo,
+        block_sparse_attention: gathered_attention,
         linear_attention: _state_scan,
         lightning_attention: _lightning_scan,
         retention: _retention_scan,
@@ -99,14 +108,24 @@ def shard_attention(
         if op is retention:  # a device does not know which heads it has
             arrays.setdefault("gamma", retention_gamma(key.shape[2]))
 
+        static = dict(options)
+        if context is None and _has_own_lists(options.get("block_mask")):
+            arrays["block_mask"] = static.pop("block_mask")
         token, state = P(batch, context, heads, None), P(batch, heads)
         gate = {1: P(heads), 3: P(batch, context, heads), 4: token}
-        specs = {"segment_ids": P(batch, context), "slopes": P(heads), "gamma": P(heads), "beta": gate[3]}
-        specs["initial_state"] = state
+        specs: dict[str, Any] = {"segment_ids": P(batch, context), "slopes": P(heads), "gamma": P(heads)}
+        specs |= {"beta": gate[3], "initial_state": state, "sinks": P(heads), "captured": P()}
         if "log_decay" in arrays:
             specs["log_decay"] = gate[arrays["log_decay"].ndim]
+        if "block_mask" in arrays:
+            specs["block_mask"] = _split_lists(arrays["block_mask"], batch, heads)
 
         def body(query: Array, key: Array, value: Array, arrays: dict[str, Any]) -> Any:
+            options = static
+            if options.get("score_mod") is not None:
+                origin = jnp.stack([_first(batch, query.shape[0]), _first(heads, query.shape[2])])
+                arrays = {**arrays, "captured": (origin, *arrays.get("captured", ()))}
+                options = {**options, "score_mod": _from_origin(options["score_mod"])}
             if context is None:
                 return op(query, key, value, **arrays, **options)
             return table[op](query, key, value, axis=context, **arrays, **options)
@@ -137,19 +156,21 @@ def _check_axes(mesh: Mesh | AbstractMesh, **named: Axes) -> None:
 
 def _check_options(heads: Axes, context: str | None, options: dict[str, Any]) -> None:
     for name, option in options.items():
-        if any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(option)):
+        arrays = [] if name == "block_mask" else jax.tree.leaves(option)
+        if any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in arrays):
             raise NotImplementedError(
                 f"{name}: arrays are split over the mesh only as query, key, value, {', '.join(ARRAYS)}"
             )
         if (name == "return_lse" or (name == "return_state" and context is not None)) and option:
             raise NotImplementedError(f"{name}: only the output is returned from the mesh")
-    if heads is not None and reads_heads(options.get("mask")):
+    if heads is not None and (reads_heads(options.get("mask")) or reads_heads(options.get("block_mask"))):
         raise NotImplementedError(
             "mask: an Fn may read the index of its head, which a device does not know; heads=None"
         )
 
 
 def reads_heads(mask: Any) -> bool:
+    mask = mask.mask if isinstance(mask, BlockMask) else mask
     parts = getattr(mask, "terms", None) or (getattr(mask, "term", None),)
     return isinstance(mask, masks.Fn) or any(part is not None and reads_heads(part) for part in parts)
 
@@ -167,6 +188,36 @@ def _check_divides(
                 )
 
 
+def _has_own_lists(block_mask: Any) -> bool:
+    """Whether lists belong to batch rows or heads, or are traced; static lists for all are constants everywhere."""
+    if not isinstance(block_mask, BlockMask):
+        return False
+    return not block_mask.is_static or block_mask.kv_idx.shape[:2] != (1, 1)
+
+
+def _split_lists(block_mask: BlockMask, batch: Axes, heads: Axes) -> Any:
+    """How the arrays of a mask are split: its lists as the batch rows and heads that have some of their own."""
+    rows, lists = block_mask.kv_idx.shape[:2]
+    spec = P(batch if rows > 1 else None, heads if lists > 1 else None)
+    specs = jax.tree.map(lambda _: spec, block_mask)
+    return specs if block_mask.bank is None else dataclasses.replace(specs, bank=P())
+
+
+def _first(axes: Axes, count: int) -> Array:
+    """Where this device's `count` batch rows or heads begin."""
+    return jax.lax.axis_index(_names(axes)) * count if _names(axes) else jnp.int32(0)
+
+
+@functools.lru_cache(maxsize=64)
+def _from_origin(score_mod: ScoreMod) -> ScoreMod:
+    """`score_mod` of the batch rows and heads that begin at `origin`."""
+
+    def score(x: Array, b: Array, h: Array, q_pos: Array, kv_pos: Array, origin: Array, *captured: Any) -> Array:
+        return score_mod(x, b + origin[0], h + origin[1], q_pos, kv_pos, *captured)
+
+    return score
+
+
 def _ring(
     query: Array,
     key: Array,
@@ -176,12 +227,13 @@ def _ring(
     is_causal: bool = False,
     mask: masks.Mask | None = None,
     segment_ids: Array | None = None,
+    sinks: Array | None = None,
     **options: Any,
 ) -> Array:
     """Softmax attention with keys and values passed from device to device.
 
     After r passes device i holds the keys of device i - r. Causally, pass 0 is the diagonal, and a later pass counts
-    where i >= r: those keys are all earlier.
+    where i >= r: those keys are all earlier. Sinks take part in pass 0.
     """
     if mask is not None and mask not in (masks.Full(), masks.Causal()):
         raise NotImplementedError(f"context: the ring does full and causal attention, not mask={mask}")
@@ -203,6 +255,7 @@ def _ring(
             held_value,
             is_causal=causal and passed == 0,
             segment_ids=None if segment_ids is None else (segment_ids, held_ids),
+            sinks=None if passed else sinks,
             return_lse=True,
             **options,
         )

@@ -116,7 +116,8 @@ def attend(
         return op(query, key, value, **given, **options)
     split = layout.size(layout.heads)
     by_head = query.shape[2] % split or key.shape[2] % split or value.shape[2] % split
-    heads = None if by_head or reads_heads(options.get("mask")) else layout.heads
+    asks = any(reads_heads(options.get(name)) for name in ("mask", "block_mask"))
+    heads = None if by_head or asks else layout.heads
     batch = None if query.shape[0] % layout.size(*layout.batch) else layout.batch
     on_mesh = shard_attention(op, layout.mesh, batch=batch, heads=heads, context=context, **options)
     return on_mesh(query, key, value, **given)
