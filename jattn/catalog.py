@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
+import runpy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -65,10 +67,21 @@ class Entry:
         return load(self.layer)
 
 
+@functools.lru_cache
 def load(reference: str) -> Any:
-    """The object that "module:name" names."""
-    module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """The object that "module:name" or "path/to/file.py:name" names, the same one every time.
+
+    Raises:
+      ValueError: there is no such module, file or name.
+    """
+    source, _, name = reference.rpartition(":")
+    try:
+        if not source.endswith(".py"):
+            return getattr(importlib.import_module(source), name)
+        return runpy.run_path(source)[name]
+    except (ImportError, FileNotFoundError, AttributeError, KeyError, ValueError) as error:
+        wanted = '"module:name" or "path/to/file.py:name"'
+        raise ValueError(f"{reference!r}: expected {wanted} of something that is there ({error})") from error
 
 
 CATALOG: tuple[Entry, ...] = (
@@ -98,6 +111,7 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         name="block_sparse",
         op="jattn.sparse.block_sparse:block_sparse_attention",
+        layer="jattn.nn.block_sparse:BlockSparseMixer",
         summary="softmax attention over listed blocks, under any mask and score function",
         paper="Dong et al. 2024, section 3",
         cost="pairs of blocks x block size (H + V)",

@@ -84,7 +84,7 @@ def _run(arguments: list[str]) -> None:
         )
         return
     recipe, arguments = arguments[0], arguments[1:]
-    workdir, arguments = _take_workdir(arguments, Path("runs") / recipe)
+    workdir, arguments = _take_workdir(arguments, Path("runs") / Path(recipe).stem)
     processes, arguments = distributed.take_flags(arguments)
     settings = config.parse_overrides(config.load_recipe(recipe), arguments)
     distributed.initialise(processes)

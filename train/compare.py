@@ -70,7 +70,9 @@ def main(arguments: list[str]) -> None:
     if any(override.split("=")[0] == "--model.pattern" for override in overrides):
         raise UserError("--model.pattern: is what a comparison varies; name the patterns after --mixers")
     config = parse_overrides(load_recipe(recipe), overrides)
-    compare(recipe, config, options.mixers, options.seeds, options.workdir or Path("runs") / f"compare_{recipe}")
+    compare(
+        recipe, config, options.mixers, options.seeds, options.workdir or Path("runs") / f"compare_{Path(recipe).stem}"
+    )
 
 
 def compare(recipe: str, config: RunConfig, mixers: Sequence[str], seeds: int, workdir: Path) -> dict[str, Any] | None:

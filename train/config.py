@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses, every field of which is a command-line override.
 
-A recipe (`train/recipes/NAME.py`) is a function `config() -> RunConfig`.
+A recipe (`train/recipes/NAME.py`, or a file of the user's own) is a function `config() -> RunConfig`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pkgutil
+import runpy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -252,13 +253,25 @@ def recipes() -> list[str]:
 
 
 def load_recipe(name: str) -> RunConfig:
-    """The configuration that recipe `name` returns."""
+    """The configuration that recipe `name` returns, one of `recipes()` or a file of the user's own."""
+    if name.endswith(".py"):
+        return _load_file(name)
     known = recipes()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"no recipe is called {name!r}; {hint}")
+        raise UserError(f"no recipe is called {name!r}; {hint}, and a file of your own ends in .py")
     return importlib.import_module(f"train.recipes.{name}").config()
+
+
+def _load_file(path: str) -> RunConfig:
+    if not Path(path).is_file():
+        raise UserError(f"recipe: there is no file {path}")
+    made = runpy.run_path(os.path.abspath(path)).get("config")
+    config = made() if callable(made) else made
+    if not isinstance(config, RunConfig):
+        raise UserError(f"recipe: {path} has no function config() that returns a train.config.RunConfig")
+    return config
 
 
 def parse_overrides(config: RunConfig, arguments: list[str]) -> RunConfig:

@@ -58,6 +58,7 @@ RULES: tuple[Rule, ...] = (
     (r".*/mixer/rglru/(write|recurrence)_gate/(kernel|bias)|.*/mixer/rglru/decay", ()),
     (r".*/mixer/out_proj/kernel", ("tensor", "fsdp")),
     (r".*/mixer/out_proj/bias", (None,)),
+    (r".*/mixer/score_parameters/\d+", ()),
     # Small, and read by heads, which may be fewer than the devices of an axis.
     (r".*/mixer/(query|key)_map", (None, None, None)),
     (r".*/mixer/estimator/(positions|(cnn/)?(encoder|rows|gates|first|second|last)/(kernel|bias))", ()),

@@ -1,5 +1,6 @@
 """Flax NNX layers that hold the parameters of the ops."""
 
+from jattn.nn.block_sparse import BlockSparseMixer
 from jattn.nn.blocks import Block
 from jattn.nn.cross_entropy import chunked_cross_entropy
 from jattn.nn.delta import DeltaNetMixer, GatedDeltaNetMixer, KDAMixer
@@ -18,6 +19,7 @@ __all__ = [
     "MLP",
     "RGLRU",
     "Block",
+    "BlockSparseMixer",
     "DeltaNetMixer",
     "GatedDeltaNetMixer",
     "HGRN2Mixer",

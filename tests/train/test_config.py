@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jattn.masks import Causal, Sink, SlidingWindow
 from train import config as configs
 from train.__main__ import main
-from train.config import load_recipe, parse_overrides, read_config, recipes, save_config
+from train.config import MeshConfig, load_recipe, parse_overrides, read_config, recipes, save_config
 from train.errors import UserError
+from train.sharding import make_mesh
+from train.step import make_program, resolve_precision
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -96,3 +104,50 @@ def test_every_field_has_a_flag():
     flags = set(configs._flags(load_recipe("pydoc_lm")))
     assert {"--model.mixer-options.sliding-window.window", "--data.source", "--seed", "--model.tied"} <= flags
     assert len(flags) > 45
+
+
+def test_a_copied_recipe_is_a_recipe_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(configs.__file__).parent / "recipes" / "own_attention.py").read_text()
+    Path("mine.py").write_text(text.replace("Sink(4)", "Sink(2)"))
+    small = "--model.width 32 --model.num-heads 2 --model.num-layers 2 --model.mlp-width 32 --data.context 64"
+    save_config(
+        parse_overrides(load_recipe("mine.py"), [*small.split(), "--precision", "float32"]), Path("config.json")
+    )
+    config = read_config(Path("config.json"))  # as `sample` and a run that goes on read it
+    assert config.model.mixer_options["block_sparse"]["mask"] == f"{tmp_path}/mine.py:mask"
+    program = make_program(resolve_precision(config), make_mesh(MeshConfig(), jax.devices()[:1]))
+    state = program.init(0)
+    mixer = program.model(state.parameters).units.blocks[1].mixer
+    assert mixer.mask == Causal() & (SlidingWindow(127) | Sink(2))
+    before = np.asarray(mixer.score_parameters[0][...])
+    np.testing.assert_allclose(before, [[1 / 16, 1 / 256]])
+    tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, 256)
+    batch = dict.fromkeys(("tokens", "targets"), tokens)
+    batch |= {
+        "positions": jnp.tile(jnp.arange(64), (2, 1)),
+        "segment_ids": jnp.ones((2, 64), int),
+        "weights": jnp.ones((2, 64)),
+    }
+    for _ in range(3):  # the head and the output projections start at zero, so slopes learn from the third step on
+        state, metrics = program.step(state, batch, jnp.float32(1), program.request(0))
+    assert np.isfinite(metrics["loss"])
+    after = np.asarray(program.model(state.parameters).units.blocks[1].mixer.score_parameters[0][...])
+    assert np.all(after != before)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "recipe: there is no file mine.py"),
+        ("x = 1", "mine.py has no function config()"),
+        ("config = 3", "RunConfig"),
+    ],
+    ids=["none", "empty", "other"],
+)
+def test_a_file_that_is_no_recipe(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("mine.py").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe("mine.py")
