@@ -142,6 +142,27 @@ CATALOG: tuple[Entry, ...] = (
         golden="hyper_attention",
     ),
     Entry(
+        name="psa",
+        op="jattn.sparse.psa:pyramid_sparse_attention",
+        summary="softmax attention that reads blocks of keys whole, as means of 2, 4 or 8 tokens, or not at all",
+        paper="Li et al. 2025, section 3",
+        cost="T S (H + V) times the mean of 1 / level, and T S H / w to choose levels, with a stride of w",
+        causality="may",
+        features=frozenset({"grouped_heads", "value_dim", "cross", "lse"}),
+        example=MappingProxyType({"block_q": 128, "block_kv": 128}),
+        golden="psa",
+    ),
+    Entry(
+        name="kronecker",
+        op="jattn.sparse.kronecker:kronecker_attention",
+        layer="jattn.nn.kronecker:KroneckerMixer",
+        summary="one softmax over pairs of keys (triples, ...), for relations that no two tokens have alone",
+        paper="Alman and Song 2023, definition 1.2",
+        cost="T S^2 (H + V) for pairs",
+        causality="may",
+        features=frozenset({"grouped_heads", "value_dim", "cross", "lse", "segments"}),
+    ),
+    Entry(
         name="linear",
         op="jattn.linear.recurrence:linear_attention",
         layer="jattn.nn.linear:LinearMixer",
@@ -287,8 +308,20 @@ WEIGHTED: tuple[Entry, ...] = (
         example=MappingProxyType({"k_budget": 3}),
         golden="sea",
     ),
+    Entry(
+        name="routing",
+        op="jattn.sparse.routing:routing_attention",
+        summary="softmax attention within clusters of the tokens nearest to means that k-means learns",
+        paper="Roy et al. 2020, algorithm 1",
+        cost="T (C H + w (H + V)), with C clusters of w = T / C tokens",
+        causality="may",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "cross"}),
+        # A layer exists, jattn.nn.RoutingMixer, but decoding is not its parallel form: no mixer of the catalog.
+        example=MappingProxyType({"variant": "lucid", "window_size": 5}),
+        golden="routing_transformer",
+    ),
 )
-"""Ops with an argument `params`; costs have N heads, L cells and k keys."""
+"""Ops with an argument `params` or `means`; costs have N heads, L cells and k keys."""
 
 RECURRENCES: tuple[Entry, ...] = (
     Entry(

@@ -67,6 +67,13 @@ def weights_of(value_dim: int, length: int, seed: int) -> Any:
     return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape), params)
 
 
+def constants(entry: catalog.Entry) -> dict[str, Any]:
+    """What an op reads beside its operands and hands no gradient to: the same in every call."""
+    if "means" not in parameters(entry):
+        return {}
+    return {"means": np.random.default_rng(7).standard_normal((N, 3, H)).astype(np.float32)}
+
+
 def has_axes(leaf: Any, *sizes: int) -> bool:
     """Whether an argument is an array that begins with these axes; a tree of weights does not."""
     return isinstance(leaf, jax.Array) and leaf.shape[: len(sizes)] == sizes
@@ -116,7 +123,7 @@ def arguments(
 def call(entry: catalog.Entry, implementation: str, **options: Any) -> Any:
     """The op as a function of a dictionary of arrays."""
     op = entry.load_op()
-    fixed = {**entry.example, "implementation": implementation, **options}
+    fixed = {**entry.example, **constants(entry), "implementation": implementation, **options}
     return lambda x: op(**x, **fixed)
 
 

@@ -32,6 +32,8 @@ RULES: tuple[Rule, ...] = (
     (r".*/projections/(query|key|value)/kernel", ("fsdp", "tensor")),
     (r".*/projections/out/kernel", ("tensor", "fsdp")),
     (r".*/projections/(query|key|value)/bias", ("tensor",)),
+    (r".*/mixer/second_(key|value)/kernel", ("fsdp", "tensor")),
+    (r".*/mixer/second_(key|value)/bias", ("tensor",)),
     (r".*/projections/out/bias", (None,)),
     (r".*/mixer/eta/kernel", ("fsdp", None)),
     (r".*/mixer/eta/bias", (None,)),

@@ -8,9 +8,11 @@ from jattn.nn.dsf import LinearTransformerMixer, NormalizedMixer, SoftmaxDSFMixe
 from jattn.nn.dsf_recurrent import RGLRU, LRUMixer, QLSTMMixer, ReversedQLSTMMixer, RGLRUMixer, S6Mixer, SSDMixer
 from jattn.nn.gated import HGRN2Mixer, RetNetMixer, SimpleGLAMixer
 from jattn.nn.hedgehog import HedgehogMixer, convert_attention
+from jattn.nn.kronecker import KroneckerMixer
 from jattn.nn.linear import LightningMixer, LinearMixer
 from jattn.nn.mixer import Mixer
 from jattn.nn.mlp import MLP, SwiGLU
+from jattn.nn.routing import RoutingMixer, RoutingState
 from jattn.nn.sea import SEAMixer, convert_to_sea
 from jattn.nn.short_conv import ShortConvolution
 from jattn.nn.softmax import SlidingWindowMixer, SoftmaxMixer
@@ -25,6 +27,7 @@ __all__ = [
     "HGRN2Mixer",
     "HedgehogMixer",
     "KDAMixer",
+    "KroneckerMixer",
     "LRUMixer",
     "LightningMixer",
     "LinearMixer",
@@ -35,6 +38,8 @@ __all__ = [
     "RGLRUMixer",
     "RetNetMixer",
     "ReversedQLSTMMixer",
+    "RoutingMixer",
+    "RoutingState",
     "S6Mixer",
     "SEAMixer",
     "SSDMixer",

@@ -45,6 +45,11 @@ def _tile(p: Problem) -> int:
     return min(p.blocks.tile * 2 // p.dtype.itemsize, p.wide)
 
 
+def _narrow(p: Problem) -> int:
+    """The same for gradients, which with twice as many would need every register that there is."""
+    return max(16, _tile(p) // 2)
+
+
 def _sums_of(p: Problem, ref: Any, chunk: Any, first: Any, size: int, rows: Any = None) -> list[jax.Array]:
     """The parts of b of a chunk, `size` channels from `first` on, for every row or for those of its `rows`."""
     start, square, mask = chunk * p.blocks.chunk, (p.blocks.chunk, size), None
@@ -198,7 +203,7 @@ def _first(p: Problem) -> jax.Array:
 def _gradients_kernel(p: Problem, *refs: Any) -> None:
     """Of a tile of the key channels of one chunk and query head; what they get through the state as for values."""
     q_ref, k_ref, v_ref, do_ref, sums_ref, states_ref, after_ref, dq_ref, dk_ref, dg_ref = refs
-    chunk, size, t = pl.program_id(0), p.blocks.chunk, _tile(p)
+    chunk, size, t = pl.program_id(0), p.blocks.chunk, _narrow(p)
     row, wide = pl.program_id(2) * t, min(p.blocks.tile, p.value_wide)
 
     def through(i: Any, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -380,7 +385,7 @@ def backward(
     queries, tokens = p.heads * p.group, programs.query_heads(p)
     by_query = (p.batch, p.length, queries)
     partial = jnp.float32 if p.group > 1 else p.dtype
-    size, t = min(p.blocks.value_tile, p.value_wide), _tile(p)
+    size, t = min(p.blocks.value_tile, p.value_wide), _narrow(p)
     values, wide = -(-p.value_width // size) * size, -(-p.width // t) * t
     dv = programs.call(
         p,
