@@ -72,6 +72,8 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    # XLA takes a stack trace for many a step of a dump, and each of them would start a symbolizer: 7 times the time.
+    "LLVM_DISABLE_SYMBOLIZATION": "1",
 }
 _SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _H100 = """\

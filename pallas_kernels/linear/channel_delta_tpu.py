@@ -81,11 +81,6 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     step, t, size = pl.program_id(2), p.tiling, p.tiling.chunk
     part = functools.partial(walk.part, p, step=step)
 
-    @pl.when(step == 0)
-    def _() -> None:
-        carried[...] = s0_ref[0]
-
-    state = [carried[h] for h in range(t.heads)]
     units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
     lowers, lhs, keys = {}, {}, {}
 
@@ -121,16 +116,11 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
             out = dot(lhs[c, n], rhs)
             if p.scale != 1:
                 out *= p.scale
-            o_ref[0, c * size : (c + 1) * size, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
+            walk.put(p, o_ref, c, n, out)
 
-    for c in range(t.chunks):
-        walk.lockstep(turn(c, h) for h in range(t.heads))
-    for h in range(t.heads):
-        carried[h] = state[h]
-
-    @pl.when(step == p.steps - 1)
-    def _() -> None:
-        end_ref[0] = carried[...]
+    with walk.carried(p, carried, s0_ref, end_ref) as state:
+        for c in range(t.chunks):
+            walk.lockstep(turn(c, h) for h in range(t.heads))
 
 
 def _backward_kernel(p: Problem, *refs: Any) -> None:
@@ -139,10 +129,6 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
     states, kept_sums, kept_pairs, kept_scores, solutions, rests, written, carried = outs
     step, t, size = p.steps - 1 - pl.program_id(2), p.tiling, p.tiling.chunk
     part = functools.partial(walk.part, p, step=step)
-
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        carried[...] = dend_ref[0]
 
     units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
     lowers = {}
@@ -185,17 +171,8 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
     for c in range(t.chunks):
         walk.lockstep(again(c, h) for h in range(t.heads))
 
-    gradient = [carried[h] for h in range(t.heads)]
-    shared: dict[str, Any] = {}
+    shared = walk.SharedSums(p)
     columns: dict[int, jax.Array] = {}
-
-    def add(name: str, ref: Any, x: jax.Array, c: int, n: int, *, last: bool) -> None:
-        """Sums what the states that share a head say of it."""
-        x = x + shared.pop(name, 0)
-        if last:
-            ref[0, c * size : (c + 1) * size, n * p.width : (n + 1) * p.width] = x.astype(ref.dtype)
-        else:
-            shared[name] = x
 
     def turn(c: int, h: int) -> Iterator[None]:
         k, u = part(k_ref, c, h // p.shared, p.width), written[c, h]
@@ -211,7 +188,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         error = rests[c, h] - dot(kept_pairs[c, h], u)
         yield
         dr = _column(_beta(p, beta_ref, c, h), p.value_width) * dy
-        dv_ref[0, c * size : (c + 1) * size, h * p.value_width : (h + 1) * p.value_width] = dr.astype(dv_ref.dtype)
+        walk.put(p, dv_ref, c, h, dr)
         columns[h] = jnp.sum(dy * error, axis=1, keepdims=True)
         dr = dr.astype(p.dtype)
         before = total * gradient[h] - dot((k * read).astype(p.dtype), dr, (0, 0))
@@ -243,26 +220,21 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
                 db += level.back(by_gate, late=True)
             yield
         last = h % p.shared == p.shared - 1
-        add(f"dk{h // p.shared}", dk_ref, by_row[0] + column, c, h // p.shared, last=last)
+        shared.add(dk_ref, by_row[0] + column, c, h // p.shared, last=last)
         for n, dq in zip(p.queries(h), by_row[1:], strict=True):
-            add(f"dq{n}", dq_ref, dq, c, n, last=last)
+            shared.add(dq_ref, dq, c, n, last=last)
         # The rounded gradient, for that is what the keys' gradients hold, and most of them cancels.
         at_end = jnp.sum(states[c + 1, h] * left, axis=1, keepdims=True)
         end = jnp.clip(p.length - 1 - step * t.tokens - c * size, 0, size - 1)
         db += jnp.where(walk.iota((size, 1), 0) == end, jnp.broadcast_to(at_end, (p.width, SUBLANES)).T[:1], 0)
-        db_ref[0, c * size : (c + 1) * size, h * p.width : (h + 1) * p.width] = db
+        walk.put(p, db_ref, c, h, db)
         gradient[h] = before
 
-    for c in reversed(range(t.chunks)):
-        walk.lockstep(turn(c, h) for h in range(t.heads))
-        ordered = [columns[h] for h in range(t.heads)]
-        dbeta_ref[0, 0, :, c * size : (c + 1) * size] = jnp.concatenate(ordered, axis=1).T
-    for h in range(t.heads):
-        carried[h] = gradient[h]
-
-    @pl.when(pl.program_id(2) == p.steps - 1)
-    def _() -> None:
-        d0_ref[0] = carried[...]
+    with walk.carried(p, carried, dend_ref, d0_ref) as gradient:
+        for c in reversed(range(t.chunks)):
+            walk.lockstep(turn(c, h) for h in range(t.heads))
+            ordered = [columns[h] for h in range(t.heads)]
+            dbeta_ref[0, 0, :, c * size : (c + 1) * size] = jnp.concatenate(ordered, axis=1).T
 
 
 def forward(

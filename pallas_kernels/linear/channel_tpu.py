@@ -112,11 +112,6 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     step, t, size = pl.program_id(2), p.tiling, p.tiling.chunk
     part = functools.partial(walk.part, p, step=step)
 
-    @pl.when(step == 0)
-    def _() -> None:
-        carried[...] = s0_ref[0]
-
-    state = [carried[h] for h in range(t.heads)]
     diagonal = walk.iota((size, size), 0) == walk.iota((size, size), 1)
 
     def turn(c: int, h: int) -> Iterator[None]:
@@ -139,21 +134,16 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
             out = dot(lhs, rhs)
             if p.scale != 1:
                 out *= p.scale
-            o_ref[0, c * size : (c + 1) * size, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
+            walk.put(p, o_ref, c, n, out)
         yield
         state[h] = total * state[h] + dot((k * write).astype(p.dtype), v, (0, 0))
 
-    for c in range(t.chunks):
-        if keep and c % keep == 0:
-            for h in range(t.heads):
-                outs[2][0, c // keep, h] = state[h]
-        walk.lockstep(turn(c, h) for h in range(t.heads))
-    for h in range(t.heads):
-        carried[h] = state[h]
-
-    @pl.when(step == p.steps - 1)
-    def _() -> None:
-        end_ref[0] = carried[...]
+    with walk.carried(p, carried, s0_ref, end_ref) as state:
+        for c in range(t.chunks):
+            if keep and c % keep == 0:
+                for h in range(t.heads):
+                    outs[2][0, c // keep, h] = state[h]
+            walk.lockstep(turn(c, h) for h in range(t.heads))
 
 
 def _backward_kernel(p: Problem, *refs: Any) -> None:
@@ -161,10 +151,6 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
     dq_ref, dk_ref, dv_ref, d0_ref, db_ref, states, carried = outs
     step, t, size = p.steps - 1 - pl.program_id(2), p.tiling, p.tiling.chunk
     part = functools.partial(walk.part, p, step=step)
-
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        carried[...] = dend_ref[0]
 
     def again(c: int, h: int) -> Iterator[None]:
         _, write, total = row_decays(p, gate_sums(p, part(gate_ref, c, h, p.width)))
@@ -177,7 +163,6 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
     for c in range(t.chunks):
         walk.lockstep(again(c, h) for h in range(t.heads))
 
-    gradient = [carried[h] for h in range(t.heads)]
     diagonal = walk.iota((size, size), 0) == walk.iota((size, size), 1)
 
     def turn(c: int, h: int) -> Iterator[None]:
@@ -212,26 +197,20 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
             dv += dot((p.scale * scores[r]).astype(p.dtype), gradients[r], (0, 0))
             before += dot((p.scale * queries[r] * read).astype(p.dtype), gradients[r], (0, 0))
             by_row += queries[r] * dq[r]
-            dq_ref[0, c * size : (c + 1) * size, n * p.width : (n + 1) * p.width] = dq[r].astype(dq_ref.dtype)
+            walk.put(p, dq_ref, c, n, dq[r])
         yield
         # The rounded gradient, for that is what dk holds, and most of them cancels.
         at_end = jnp.sum(states[c + 1, h] * left, axis=1, keepdims=True)
         last = jnp.clip(p.length - 1 - step * t.tokens - c * size, 0, size - 1)
         by_row += jnp.where(walk.iota((size, 1), 0) == last, jnp.broadcast_to(at_end, (p.width, SUBLANES)).T[:1], 0)
-        rows, lanes = slice(c * size, (c + 1) * size), slice(h * p.width, (h + 1) * p.width)
-        dk_ref[0, rows, lanes] = dk.astype(dk_ref.dtype)
-        db_ref[0, rows, lanes] = by_row
-        dv_ref[0, rows, h * p.value_width : (h + 1) * p.value_width] = dv.astype(dv_ref.dtype)
+        walk.put(p, dk_ref, c, h, dk)
+        walk.put(p, db_ref, c, h, by_row)
+        walk.put(p, dv_ref, c, h, dv)
         gradient[h] = before
 
-    for c in reversed(range(t.chunks)):
-        walk.lockstep(turn(c, h) for h in range(t.heads))
-    for h in range(t.heads):
-        carried[h] = gradient[h]
-
-    @pl.when(pl.program_id(2) == p.steps - 1)
-    def _() -> None:
-        d0_ref[0] = carried[...]
+    with walk.carried(p, carried, dend_ref, d0_ref) as gradient:
+        for c in reversed(range(t.chunks)):
+            walk.lockstep(turn(c, h) for h in range(t.heads))
 
 
 def forward(

@@ -60,13 +60,8 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     step = pl.program_id(2)
     size, t = p.tiling.chunk, p.tiling
 
-    @pl.when(step == 0)
-    def _() -> None:
-        carried[...] = s0_ref[0]
-
     weights, betas = walk.weights(p, gate_refs), _betas(p, beta_ref, size)
     below = _strictly_below(size)
-    state = [carried[h] for h in range(t.heads)]
 
     def key(c: int, h: int) -> jax.Array:
         return walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
@@ -102,16 +97,11 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
             out = dot(lhs[c, n], rhs)
             if p.scale != 1:
                 out *= p.scale
-            o_ref[0, c * size : (c + 1) * size, n * p.value_width : (n + 1) * p.value_width] = out.astype(o_ref.dtype)
+            walk.put(p, o_ref, c, n, out)
 
-    for c in range(t.chunks):
-        walk.lockstep(turn(c, h) for h in range(t.heads))
-    for h in range(t.heads):
-        carried[h] = state[h]
-
-    @pl.when(step == p.steps - 1)
-    def _() -> None:
-        end_ref[0] = carried[...]
+    with walk.carried(p, carried, s0_ref, end_ref) as state:
+        for c in range(t.chunks):
+            walk.lockstep(turn(c, h) for h in range(t.heads))
 
 
 def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
@@ -121,10 +111,6 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     dq_ref, dk_ref, dv_ref, d0_ref, rows_ref, states, pairs, solutions, rests, written, carried = outs
     step = p.steps - 1 - pl.program_id(2)
     size, t = p.tiling.chunk, p.tiling
-
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        carried[...] = dend_ref[0]
 
     wide = max(size, p.value_width)
     weights, betas = walk.weights(p, gate_refs), _betas(p, beta_ref, wide)
@@ -161,17 +147,8 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     for c in range(t.chunks):
         walk.lockstep(again(c, h) for h in range(t.heads))
 
-    gradient = [carried[h] for h in range(t.heads)]
-    shared: dict[str, Any] = {}
+    shared = walk.SharedSums(p)
     columns: dict[tuple[str, int], jax.Array] = {}
-
-    def add(name: str, ref: Any, x: jax.Array, c: int, n: int, *, last: bool) -> None:
-        """Sums what the states that share a head say of it."""
-        x = x + shared.pop(name, 0)
-        if last:
-            ref[0, c * size : (c + 1) * size, n * p.width : (n + 1) * p.width] = x.astype(ref.dtype)
-        else:
-            shared[name] = x
 
     def turn(c: int, h: int) -> Iterator[None]:
         w, k, u = weights(c, h), key(c, h), written[c, h]
@@ -192,7 +169,7 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         error = rests[c, h] - dot(pairs[c, h], u)
         yield
         dr = betas(c, h)[0][:, : p.value_width] * dy
-        dv_ref[0, c * size : (c + 1) * size, h * p.value_width : (h + 1) * p.value_width] = dr.astype(dv_ref.dtype)
+        walk.put(p, dv_ref, c, h, dr)
         columns["beta", h] = jnp.sum(dy * error, axis=1, keepdims=True)
         erased = (dr * w.read[:, : p.value_width]).astype(p.dtype)
         dg = jnp.where(below, -dot(dr.astype(p.dtype), u, (1, 1)) * w.pair, 0).astype(p.dtype)
@@ -208,8 +185,8 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
             dk_column += dot(da, q, (0, 0))
             before += dot(q, read_by, (0, 0))
             by_row += q * dq
-            add(f"dq{n}", dq_ref, dq, c, n, last=last)
-        add(f"dk{h // p.shared}", dk_ref, dk_row + dk_column, c, h // p.shared, last=last)
+            shared.add(dq_ref, dq, c, n, last=last)
+        shared.add(dk_ref, dk_row + dk_column, c, h // p.shared, last=last)
         columns["sum", h] = jnp.zeros((size, 1), jnp.float32)
         if with_gates:
             ends = walk.iota((size, 1), 0) == size - 1
@@ -219,16 +196,11 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
             columns["sum", h] = summed + jnp.where(ends, at_end, 0)
         gradient[h] = before
 
-    for c in reversed(range(t.chunks)):
-        walk.lockstep(turn(c, h) for h in range(t.heads))
-        ordered = [columns[kind, h] for kind in ("sum", "beta") for h in range(t.heads)]
-        rows_ref[0, 0, :, c * size : (c + 1) * size] = jnp.concatenate(ordered, axis=1).T
-    for h in range(t.heads):
-        carried[h] = gradient[h]
-
-    @pl.when(pl.program_id(2) == p.steps - 1)
-    def _() -> None:
-        d0_ref[0] = carried[...]
+    with walk.carried(p, carried, dend_ref, d0_ref) as gradient:
+        for c in reversed(range(t.chunks)):
+            walk.lockstep(turn(c, h) for h in range(t.heads))
+            ordered = [columns[kind, h] for kind in ("sum", "beta") for h in range(t.heads)]
+            rows_ref[0, 0, :, c * size : (c + 1) * size] = jnp.concatenate(ordered, axis=1).T
 
 
 def forward(

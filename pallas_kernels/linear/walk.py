@@ -7,6 +7,7 @@ read as [B, T, heads * width]: a head is a range of lanes, and nothing is transp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -138,6 +139,44 @@ def part(p: Problem, ref: Any, c: int, h: int, width: int, *, step: Any = None) 
         return x
     row = step * p.tiling.tokens + c * size + iota(x.shape, 0)
     return jnp.where(row < p.length, x, 0)
+
+
+def put(p: Problem, ref: Any, c: int, h: int, x: jax.Array) -> None:
+    """Writes chunk `c` of head `h`, in the dtype of the array."""
+    size, width = p.tiling.chunk, x.shape[1]
+    ref[0, c * size : (c + 1) * size, h * width : (h + 1) * width] = x.astype(ref.dtype)
+
+
+@contextlib.contextmanager
+def carried(p: Problem, ref: Any, begin: Any, end: Any) -> Iterator[list[jax.Array]]:
+    """What the heads carry from one grid step to the next: `begin` before the first, and after the last also `end`."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        ref[...] = begin[0]
+
+    state = [ref[h] for h in range(p.tiling.heads)]
+    yield state
+    for h in range(p.tiling.heads):
+        ref[h] = state[h]
+
+    @pl.when(pl.program_id(2) == p.steps - 1)
+    def _() -> None:
+        end[0] = ref[...]
+
+
+class SharedSums:
+    """Gradients of query and key heads that several states share: written once the last of these has said its part."""
+
+    def __init__(self, p: Problem) -> None:
+        self._p, self._sums = p, dict[tuple[int, int], Any]()
+
+    def add(self, ref: Any, x: jax.Array, c: int, n: int, *, last: bool) -> None:
+        x = x + self._sums.pop((id(ref), n), 0)
+        if last:
+            put(self._p, ref, c, n, x)
+        else:
+            self._sums[id(ref), n] = x
 
 
 def interleaved(units: Sequence[Any], lag: int, begin: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
