@@ -37,7 +37,7 @@ from jattn.checks import (
     check_same_dtype,
 )
 from jattn.dispatch import Choice, Implementation, dispatch
-from jattn.fused import check_fused_softmax, fused_softmax
+from jattn.fused import check_fused_softmax, fused_softmax, kernels
 from jattn.masks import Causal, Full, Mask
 from jattn.softmax_tile import Score, dropout_factors
 
@@ -76,8 +76,8 @@ def dot_product_attention(
       sinks: one logit per query head that takes part in the softmax and has no value.
       segment_ids: `[B, T]` for T = S, or `(query ids [B, T], key ids [B, S])`; only equal ids attend to each other.
       return_lse: return `(out, lse)`.
-      implementation: "pallas_tpu" (a fused kernel, without `bias` and mask arrays), "xla" (blockwise; both take
-        O(T + S) memory beyond the arguments) or "reference" (dense; the one that has forward-mode derivatives).
+      implementation: "pallas_tpu", "pallas_gpu" (fused kernels, without `bias` and mask arrays), "xla" (blockwise; all
+        take O(T + S) memory beyond the arguments) or "reference" (dense; the one that has forward-mode derivatives).
 
     Returns:
       `out [B, T, N, V]` in the query's dtype; `lse [B, T, N]`, natural logarithm, in float32 (float64 for float64).
@@ -312,9 +312,11 @@ def _split_mask(mask: Any, pairs: tuple[int, ...]) -> tuple[Mask, Array | None]:
     return Full(), mask
 
 
+_KERNELS = kernels(fused_softmax, check_fused_softmax)
 _IMPLEMENTATIONS = (
-    Implementation("pallas_tpu", functools.partial(fused_softmax, "tpu"), check_fused_softmax),
+    _KERNELS.tpu,
+    _KERNELS.gpu,
     Implementation("xla", blockwise_attention),
     Implementation("reference", dense_attention),
-    Implementation("interpret", functools.partial(fused_softmax, "interpret"), check_fused_softmax),
+    _KERNELS.interpret,
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from jattn.blockwise import Operands
+from jattn.dispatch import Implementation
 from jattn.masks import Full, Mask
 from jattn.softmax_tile import Score
 from jattn.sparse.block_mask import BlockMask
@@ -22,19 +24,26 @@ def fused_attention(
     platform: kernel.Platform, operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
     static_mask: BlockMask | Mask | None, score: Score, score_mod: Callable[..., Array] | None, dropout_rate: float,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """One walk of a fused kernel over the lists, with the sizes of blocks that suit the chip."""
-    x = operands
+    """Walks of a fused kernel over the lists, with the sizes of blocks that suit the chip."""
+    x, on_gpu = operands, platform in kernel.GPU
     block_mask: Any = static_mask if lists is None else lists
     if isinstance(block_mask, Mask):
-        block_mask = _blocks(block_mask, x)
+        block_mask = _gpu_blocks(block_mask, x) if on_gpu else _blocks(block_mask, x)
     if x.q_segments is not None and x.kv_segments is not None:
         block_mask = block_mask.refine_segments(x.q_segments, x.kv_segments)
+    by_row: Any
+    by_col: Any
+    if on_gpu:
+        by_row = kernel_lists.BlockLists(block_mask.kv_idx, block_mask.n_partial, block_mask.n_total)
+        by_col = kernel_lists.BlockLists(block_mask.q_idx, block_mask.qn_partial, block_mask.qn_total)
+    else:
+        by_row, by_col = block_mask.work_list(), block_mask.work_list(transposed=True)
     return kernel.block_sparse_attention(
         x.query,
         x.key,
         x.value,
-        block_mask.work_list(),
-        block_mask.work_list(transposed=True),
+        by_row,
+        by_col,
         element=_element(block_mask),
         score_mod=score_mod,
         captured=x.captured or (),
@@ -62,6 +71,12 @@ def _blocks(mask: Mask, x: Operands) -> BlockMask:
     return min(fitting, key=lambda each: tiling.cost(each.num_steps, each.block_q, each.block_kv))
 
 
+def _gpu_blocks(mask: Mask, x: Operands) -> BlockMask:
+    lengths = x.query.shape[1], x.key.shape[1]
+    cut = tiling.choose_blocks(*lengths, x.query.shape[3], x.value.shape[3], x.query.dtype)
+    return BlockMask.from_expr(mask, *lengths, cut.block_q, cut.block_kv)
+
+
 def _element(mask: Any) -> Callable[..., Any] | None:
     """The rule of partial blocks, for the kernel."""
     rule = mask.mask if isinstance(mask, BlockMask) else mask
@@ -69,24 +84,25 @@ def _element(mask: Any) -> Callable[..., Any] | None:
 
 
 def check_fused(
-    operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
+    platform: kernel.Platform, operands: Operands, kv_bias: Array | None, lists: BlockMask | None, *,
     static_mask: BlockMask | Mask | None, score_mod: Callable[..., Array] | None, dropout_rate: float, **options: Any,
 ) -> None:  # fmt: skip
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     x, mask = operands, static_mask if lists is None else lists
     if dropout_rate:
         raise NotImplementedError("the kernel has no dropout")
-    sizes: dict[str, Any] = {"block_q": tiling.LANES, "block_kv": tiling.LANES}
+    least = tiling.LEAST if platform in kernel.GPU else tiling.LANES
+    sizes: dict[str, Any] = {"block_q": least, "block_kv": least}
     if isinstance(mask, BlockMask):
         if mask.bank is not None:
             raise NotImplementedError("the kernel asks a symbolic mask in partial blocks; these have a bank")
         sizes = {"block_q": mask.block_q, "block_kv": mask.block_kv}
-        if any(size % tiling.LANES for size in sizes.values()):
-            raise NotImplementedError(f"the kernel has blocks of a multiple of {tiling.LANES}, not {sizes}")
+        if any(size % least for size in sizes.values()):
+            raise NotImplementedError(f"the kernel has blocks of a multiple of {least}, not {sizes}")
     if not all(isinstance(each, (jax.Array, np.ndarray)) for each in x.captured or ()):
         raise NotImplementedError("the kernel reads captured arrays, not trees of them")
     functions: Any = {"element": _element(mask), "score_mod": score_mod, "captured": x.captured or ()}
-    kernel.check(x.query, x.key, x.value, **functions, **sizes)
+    kernel.check(x.query, x.key, x.value, platform=platform, **functions, **sizes)
 
 
 def fused_softmax(platform: kernel.Platform, operands: Operands, *, mask: Mask, score: Score) -> tuple[Array, Array]:
@@ -95,11 +111,31 @@ def fused_softmax(platform: kernel.Platform, operands: Operands, *, mask: Mask, 
     return fused_attention(platform, operands, None, None, static_mask=mask, score=score, **options)
 
 
-def check_fused_softmax(operands: Operands, *, mask: Mask, score: Score) -> None:
+def check_fused_softmax(platform: kernel.Platform, operands: Operands, *, mask: Mask, score: Score) -> None:
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     for name in ("bias", "mask"):
         if getattr(operands, name) is not None:
             raise NotImplementedError(
                 f"{name}: the kernel reads no array with an entry for every pair; symbolic masks it evaluates"
             )
-    check_fused(operands, None, None, static_mask=mask, score=score, score_mod=None, dropout_rate=0.0)
+    options: Any = {"score_mod": None, "dropout_rate": 0.0}
+    check_fused(platform, operands, None, None, static_mask=mask, score=score, **options)
+
+
+class Kernels(NamedTuple):
+    """An op's entries for its `implementation=`."""
+
+    tpu: Implementation
+    gpu: Implementation
+    interpret: Implementation
+
+
+def kernels(run: Callable[..., Any], check: Callable[..., None]) -> Kernels:
+    """The kernels of an op: `run(platform, ...)`, and `check(platform, ...)` that says what they do not do."""
+    names: dict[str, kernel.Platform] = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "interpret": "interpret"}
+    return Kernels(
+        *(
+            Implementation(name, functools.partial(run, platform), functools.partial(check, platform))
+            for name, platform in names.items()
+        )
+    )

@@ -63,11 +63,16 @@ def test_the_kernel_is_what_a_tpu_runs_and_says_what_it_does_not():
         (dot_product_attention, {"mask": Causal()}),
         (sliding_window_attention, {"window": (5, 5), "offset": 0}),
     ):
-        assert jattn.explain(op, query, key, value, **options)[0].chosen["tpu"] == "pallas_tpu"
+        assert jattn.explain(op, query, key, value, **options)[0].chosen == {
+            "cpu": "xla",
+            "tpu": "pallas_tpu",
+            "cuda": "pallas_gpu",
+        }
     for options in ({"mask": np.ones((1, 1, T, S), bool)}, {"bias": np.ones((1, 1, T, S), np.float32)}):
         decision = jattn.explain(dot_product_attention, query, key, value, **options)[0]
-        assert decision.chosen["tpu"] == "xla"
-        assert "an entry for every pair" in decision.refused["pallas_tpu"]
+        assert set(decision.chosen.values()) == {"xla"}
+        for name in ("pallas_tpu", "pallas_gpu"):
+            assert "an entry for every pair" in decision.refused[name]
     halves = [x.astype(np.float16) for x in (query, key, value)]
     assert jattn.explain(dot_product_attention, *halves)[0].chosen["tpu"] == "xla"
 

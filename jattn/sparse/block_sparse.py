@@ -40,7 +40,7 @@ from jattn.dot_product import (
     split_segment_ids,
     varying_alike,
 )
-from jattn.fused import check_fused, fused_attention
+from jattn.fused import check_fused, fused_attention, kernels
 from jattn.masks import FULL, PARTIAL, Full, Mask
 from jattn.softmax_tile import Score
 from jattn.sparse.block_lists import compact
@@ -90,8 +90,8 @@ def block_sparse_attention(
       dropout_rate: how likely a probability is dropped, below 1.
       dropout_seed: an integer of 32 bits, static or traced; which probabilities are dropped depends on it, the batch
         row, the head and the two positions, and on nothing else. It is not read at a rate of 0.
-      implementation: "pallas_tpu", "xla" (both walk the lists) or "reference" (dense; the one that has forward-mode
-        derivatives); see `jattn.explain`.
+      implementation: "pallas_tpu", "pallas_gpu", "xla" (all walk the lists) or "reference" (dense; the one that has
+        forward-mode derivatives); see `jattn.explain`.
 
     Returns:
       `out [B, T, N, V]` in the query's dtype; `lse [B, T, N]`, natural logarithm, in float32 (float64 for float64).
@@ -295,9 +295,11 @@ def _check_dropout(rate: Any, seed: Any) -> float:
 # Fastest first. Called as
 # `run(operands, kv_bias, lists, *, static_mask, score, score_mod, dropout_rate)`, where exactly one is not `None` of
 # `lists`, a dynamic BlockMask, and `static_mask`, a static one or a symbolic mask.
+_KERNELS = kernels(fused_attention, check_fused)
 _IMPLEMENTATIONS = (
-    Implementation("pallas_tpu", functools.partial(fused_attention, "tpu"), check_fused),
+    _KERNELS.tpu,
+    _KERNELS.gpu,
     Implementation("xla", _walked),
     Implementation("reference", _dense),
-    Implementation("interpret", functools.partial(fused_attention, "interpret"), check_fused),
+    _KERNELS.interpret,
 )

@@ -41,7 +41,7 @@ from jattn.dot_product import (
     split_segment_ids,
     varying_alike,
 )
-from jattn.fused import check_fused_softmax, fused_softmax
+from jattn.fused import check_fused_softmax, fused_softmax, kernels
 from jattn.masks import Causal, Mask
 from jattn.softmax_tile import (
     Score,
@@ -79,8 +79,8 @@ def sliding_window_attention(
         the own and that many after it: the mask `SlidingWindow(left, right)`.
       offset: the position of the first query minus that of the first key; `None` is 0 and needs T = S.
       scale, logits_soft_cap, sinks, segment_ids, return_lse: as in `dot_product_attention`.
-      implementation: "pallas_tpu" (a fused kernel), "xla" (a band of blocks) or "reference" (dense; the one that has
-        forward-mode derivatives).
+      implementation: "pallas_tpu", "pallas_gpu" (fused kernels), "xla" (a band of blocks) or "reference" (dense; the
+        one that has forward-mode derivatives).
 
     Returns:
       `out [B, T, N, V]`, or `(out, lse [B, T, N])`; a query that sees nothing has 0 and -inf.
@@ -301,17 +301,19 @@ def _ungrouped(x: Array, length: int) -> Array:
     return from_blocks(x.reshape(-1, *x.shape[2:]), length)
 
 
-def _fused(platform: Platform, operands: Operands, *, band: Band, score: Score) -> tuple[Array, Array]:
+def _walked(platform: Platform, operands: Operands, *, band: Band, score: Score) -> tuple[Array, Array]:
     return fused_softmax(platform, operands, mask=band.mask(), score=score)
 
 
-def _check_fused(operands: Operands, *, band: Band, score: Score) -> None:
-    check_fused_softmax(operands, mask=band.mask(), score=score)
+def _check_walked(platform: Platform, operands: Operands, *, band: Band, score: Score) -> None:
+    check_fused_softmax(platform, operands, mask=band.mask(), score=score)
 
 
+_KERNELS = kernels(_walked, _check_walked)
 _IMPLEMENTATIONS = (
-    Implementation("pallas_tpu", functools.partial(_fused, "tpu"), _check_fused),
+    _KERNELS.tpu,
+    _KERNELS.gpu,
     Implementation("xla", windowed_attention),
     Implementation("reference", _dense),
-    Implementation("interpret", functools.partial(_fused, "interpret"), _check_fused),
+    _KERNELS.interpret,
 )

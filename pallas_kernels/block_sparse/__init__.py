@@ -1,7 +1,18 @@
 """Softmax attention over listed pairs of blocks, with any mask and score function, as fused kernels."""
 
 from pallas_kernels.block_sparse.attention import Platform, block_sparse_attention
-from pallas_kernels.block_sparse.lists import WorkList
-from pallas_kernels.block_sparse.tiling import Tile, Tiling, choose
+from pallas_kernels.block_sparse.lists import BlockLists, WorkList
+from pallas_kernels.block_sparse.tiling import Blocks, Program, Tile, Tiling, choose, choose_blocks
 
-__all__ = ["Platform", "Tile", "Tiling", "WorkList", "block_sparse_attention", "choose"]
+__all__ = [
+    "BlockLists",
+    "Blocks",
+    "Platform",
+    "Program",
+    "Tile",
+    "Tiling",
+    "WorkList",
+    "block_sparse_attention",
+    "choose",
+    "choose_blocks",
+]

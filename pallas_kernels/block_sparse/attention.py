@@ -21,14 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse import lists, scores, tiling
-from pallas_kernels.block_sparse.backward_tpu import backward
-from pallas_kernels.block_sparse.forward_tpu import forward
-from pallas_kernels.block_sparse.tiling import LANES, Tiling
+from pallas_kernels.block_sparse import backward_gpu, backward_tpu, forward_gpu, forward_tpu, gpu, lists, scores, tiling
+from pallas_kernels.block_sparse.tiling import LANES, Blocks, Tiling
 from pallas_kernels.block_sparse.walk import Problem
 from pallas_kernels.linear.call import alike, zeros_for_symbols
 
-Platform = Literal["tpu", "interpret"]
+Platform = Literal["tpu", "gpu", "interpret", "interpret_gpu"]
+GPU = ("gpu", "interpret_gpu")
 CAPTURED_BUDGET = 128 * 2**10
 SUBLANES = 8
 # Positions of queries and of keys in the smallest tile, and a head: what functions are asked with to learn about them.
@@ -36,7 +35,11 @@ _INTEGERS = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((SUBLANES
 
 
 class Operands(NamedTuple):
-    """Arrays as the kernels read them: heads side by side along the lanes, positions along the lanes, lists packed."""
+    """Arrays as the kernels read them.
+
+    On TPU heads stand side by side along the lanes, positions along the lanes, and lists are packed. On GPU queries,
+    keys and values are as the op has them, `kv_bias [B, K, S]`, segments `[B, T]` and `[B, S]`.
+    """
 
     query: Array
     key: Array
@@ -46,8 +49,8 @@ class Operands(NamedTuple):
     captured: tuple[Array, ...]
     q_segments: Array | None
     kv_segments: Array | None
-    by_row: Array
-    by_col: Array | None
+    by_row: Any
+    by_col: Any
 
     def named(self) -> dict[str, Array | None]:
         """What both walks read."""
@@ -75,82 +78,113 @@ def block_sparse_attention(
     block_q: int,
     block_kv: int,
     platform: Platform,
-    cut: Tiling | None = None,
+    cut: Tiling | Blocks | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Outputs in the query's dtype and the log-sum-exp in float32, natural logarithm.
 
     Args:
       query, key, value: bfloat16 or float32; query head n reads key head `n // (N // K)`.
-      by_row: a `lists.WorkList` or what has its three arrays, concrete or traced, sorted by row.
-      by_col: the same pairs sorted by col. The gradients of sequences that are too long for the chip need it.
+      by_row: a `lists.WorkList` or what has its three arrays, concrete or traced, sorted by row; on GPU a
+        `lists.BlockLists`.
+      by_col: the same pairs sorted by col. Gradients need it, on TPU those of sequences that are too long for the chip.
       element: `element(q_pos, kv_pos, head) -> bool` on broadcast integers, asked in partial blocks only.
       score_mod: f above, `score_mod(y, b, h, q_pos, kv_pos, *captured)`, on a tile of float32.
       captured: arrays that it reads by scalar indices, such as `slopes[h]`. They have gradients.
       q_segment_ids, kv_segment_ids: only equal ids attend to each other. A full block promises that they are equal.
       sinks: one logit for each query head that takes part in the softmax and has no value.
-      block_q, block_kv: of the lists; multiples of 128.
-      platform: "interpret" runs the kernels step by step anywhere.
-      cut: how a grid step is cut up; `None` chooses.
+      block_q, block_kv: of the lists; multiples of 128, on GPU of 16.
+      platform: "tpu" or "gpu"; "interpret" and "interpret_gpu" run their kernels step by step anywhere.
+      cut: how a grid step, or on GPU a block, is cut up; `None` chooses.
 
     Raises:
       NotImplementedError: what the kernel does not do, with the reason.
       ValueError: lists or blocks that do not belong to the arrays, or do not fit scalar memory.
     """
-    _check_arrays(query, key, value, captured, block_q=block_q, block_kv=block_kv)
-    _check_element(element)
+    blocks = (block_q, block_kv)
+    functions: Any = {"element": element, "score_mod": score_mod, "captured": captured}
+    check(query, key, value, block_q=block_q, block_kv=block_kv, platform=platform, **functions)
     (batch, q_len, heads, width), (kv_len, kv_heads, value_width) = query.shape, value.shape[1:]
-    cut = cut or tiling.choose(q_len, kv_len, width, value_width, query.dtype, block_q=block_q, block_kv=block_kv)
-    if (cut.block_q, cut.block_kv) != (block_q, block_kv):
+    sizes = (q_len, kv_len, width, value_width, query.dtype)
+    choose: Any = tiling.choose_blocks if platform in GPU else tiling.choose
+    cut = cut or choose(*sizes, block_q=block_q, block_kv=block_kv)
+    if (cut.block_q, cut.block_kv) != blocks:
         raise ValueError(f"cut: expected blocks of {block_q} x {block_kv}, got {cut.block_q} x {cut.block_kv}")
-    lengths, blocks = (q_len, kv_len), (block_q, block_kv)
-    for name, steps in (("by_row", by_row), ("by_col", by_col)):
-        if steps is not None:
-            lists.check(name, steps, batch=batch, heads=heads, kv_heads=kv_heads, lengths=lengths, blocks=blocks)
-    if by_col is not None and by_col.row.shape[:2] != by_row.row.shape[:2]:
-        raise ValueError(f"by_col: expected [Bm, Nm] as by_row has, {by_row.row.shape[:2]}, got {by_col.row.shape[:2]}")
+    for name, steps, which in (("by_row", by_row, 0), ("by_col", by_col, 1)):
+        if steps is None:
+            continue
+        known = {"batch": batch, "heads": heads, "kv_heads": kv_heads}
+        if platform in GPU:
+            lists.check_blocks(name, steps, **known, rows=-(-(q_len, kv_len)[which] // blocks[which]))
+        else:
+            lists.check(name, steps, **known, lengths=(q_len, kv_len), blocks=blocks)
+    if by_col is not None and by_col[0].shape[:2] != by_row[0].shape[:2]:
+        raise ValueError(f"by_col: expected [Bm, Nm] as by_row has, {by_row[0].shape[:2]}, got {by_col[0].shape[:2]}")
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError("q_segment_ids, kv_segment_ids: expected both or neither")
-    flat_captured = tuple(x.reshape(-1).astype(_scalar_dtype(x)) for x in captured)
-    p = Problem(
-        batch=batch,
-        q_len=q_len,
-        kv_len=kv_len,
-        heads=heads,
-        group=heads // kv_heads,
-        width=_whole(width),
-        value_width=_whole(value_width),
-        # Lanes beyond the values are there anyway; a tile of ones is added where it costs nothing.
-        sum_lane=value_width if value_width % LANES or cut.ones else None,
-        scale=scale,
-        soft_cap=soft_cap,
-        element=element,
-        score_mod=score_mod,
-        captured=tuple(x.shape for x in captured),
-        reads=_reads(score_mod, captured),
-        dtype=query.dtype,
-        tiling=cut,
-        steps=by_row.row.shape[2],
-        col_steps=by_col.row.shape[2] if by_col is not None else 0,
-        list_rows=by_row.row.shape[0],
-        list_heads=by_row.row.shape[1],
-        interpret=platform == "interpret",
-    )
+    fixed: Any = {
+        "batch": batch,
+        "q_len": q_len,
+        "kv_len": kv_len,
+        "heads": heads,
+        "group": heads // kv_heads,
+        "scale": scale,
+        "soft_cap": soft_cap,
+        "element": element,
+        "score_mod": score_mod,
+        "captured": tuple(x.shape for x in captured),
+        "dtype": query.dtype,
+    }
     operands = Operands(
-        query=_flat(query),
-        key=_flat(key),
-        value=_flat(value, 1),
-        kv_bias=None if kv_bias is None else kv_bias.astype(jnp.float32)[:, :, None],
+        query=query,
+        key=key,
+        value=value,
+        kv_bias=None if kv_bias is None else kv_bias.astype(jnp.float32),
         sinks=None if sinks is None else sinks.astype(jnp.float32),
-        captured=flat_captured,
-        q_segments=None if q_segment_ids is None else q_segment_ids.astype(jnp.int32)[:, None],
-        kv_segments=None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32)[:, None],
-        by_row=jnp.asarray(lists.pack(by_row, lengths=lengths, blocks=blocks)),
-        by_col=None if by_col is None else jnp.asarray(lists.pack(by_col, lengths=lengths, blocks=blocks)),
+        captured=tuple(x.reshape(-1).astype(_scalar_dtype(x)) for x in captured),
+        q_segments=None if q_segment_ids is None else q_segment_ids.astype(jnp.int32),
+        kv_segments=None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
+        by_row=by_row,
+        by_col=by_col,
     )
+    if isinstance(cut, Blocks):
+        interpret = platform == "interpret_gpu"
+        p: Any = gpu.Problem(width=width, value_width=value_width, blocks=cut, interpret=interpret, **fixed)
+        operands = operands._replace(by_row=lists.whole(by_row), by_col=None if by_col is None else lists.whole(by_col))
+    else:
+        p = Problem(
+            width=_whole(width),
+            value_width=_whole(value_width),
+            # Lanes beyond the values are there anyway; a tile of ones is added where it costs nothing.
+            sum_lane=value_width if value_width % LANES or cut.ones else None,
+            reads=_reads(score_mod, captured),
+            tiling=cut,
+            steps=by_row.row.shape[2],
+            col_steps=by_col.row.shape[2] if by_col is not None else 0,
+            list_rows=by_row.row.shape[0],
+            list_heads=by_row.row.shape[1],
+            interpret=platform == "interpret",
+            **fixed,
+        )
+        operands = _laid_out(p, operands)
     leaves, tree = jax.tree.flatten(operands)
     out, lse = attend(p, jax.tree.unflatten(tree, alike(*leaves)))
     out = out.reshape(batch, q_len, heads, p.value_width)[..., :value_width]
     return out, jnp.moveaxis(lse, 1, 2)
+
+
+def _laid_out(p: Problem, x: Operands) -> Operands:
+    """As the TPU reads them."""
+    sizes: Any = {"lengths": (p.q_len, p.kv_len), "blocks": (p.tiling.block_q, p.tiling.block_kv)}
+    return x._replace(
+        query=_flat(x.query),
+        key=_flat(x.key),
+        value=_flat(x.value, 1),
+        kv_bias=None if x.kv_bias is None else x.kv_bias[:, :, None],
+        q_segments=None if x.q_segments is None else x.q_segments[:, None],
+        kv_segments=None if x.kv_segments is None else x.kv_segments[:, None],
+        by_row=jnp.asarray(lists.pack(x.by_row, **sizes)),
+        by_col=None if x.by_col is None else jnp.asarray(lists.pack(x.by_col, **sizes)),
+    )
 
 
 def check(
@@ -163,25 +197,38 @@ def check(
     captured: Sequence[Array],
     block_q: int,
     block_kv: int,
+    platform: Platform = "tpu",
 ) -> None:
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
-    _check_arrays(query, key, value, captured, block_q=block_q, block_kv=block_kv)
+    _check_arrays(query, key, value, captured, platform=platform, block_q=block_q, block_kv=block_kv)
     _check_element(element)
     _reads(score_mod, captured)
 
 
 def _check_arrays(
-    query: Array, key: Array, value: Array, captured: Sequence[Array], *, block_q: int, block_kv: int
+    query: Array,
+    key: Array,
+    value: Array,
+    captured: Sequence[Array],
+    *,
+    platform: Platform,
+    block_q: int,
+    block_kv: int,
 ) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype not in (jnp.bfloat16, jnp.float32) or x.dtype != query.dtype:
             raise NotImplementedError(f"{name}: the kernel multiplies bfloat16 or float32 alone, not {x.dtype}")
-        if x.shape[-1] > 256:
-            raise NotImplementedError(f"{name}: the kernel has heads of up to 256 channels, not {x.shape[-1]}")
-    if block_q % LANES or block_kv % LANES or block_q < 1 or block_kv < 1:
-        raise ValueError(f"block_q, block_kv: expected multiples of {LANES}, got {block_q} and {block_kv}")
+        most = tiling.widest(x.dtype) if platform in GPU else 256
+        if x.shape[-1] > most:
+            raise NotImplementedError(
+                f"{name}: the kernel has heads of up to {most} channels, not {x.shape[-1]}"
+                + (f", in {x.dtype}, for more do not fit the registers" if platform in GPU else "")
+            )
+    least = tiling.LEAST if platform in GPU else LANES
+    if block_q % least or block_kv % least or block_q < 1 or block_kv < 1:
+        raise ValueError(f"block_q, block_kv: expected multiples of {least}, got {block_q} and {block_kv}")
     size = sum(4 * x.size for x in captured)
-    if size > CAPTURED_BUDGET:
+    if platform not in GPU and size > CAPTURED_BUDGET:
         raise NotImplementedError(
             f"captured: the kernel has {CAPTURED_BUDGET >> 10} KiB of scalar memory for such arrays, not {size} bytes"
         )
@@ -241,44 +288,42 @@ def _flat(x: Array, fill: int = 0) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(p: Problem, operands: Operands) -> tuple[Float[Array, "B T NV"], Float[Array, "B N T"]]:
-    out, lse = forward(p, operands.by_row, operands.named())
+def attend(p: Problem | gpu.Problem, operands: Operands) -> tuple[Float[Array, "B T *NV"], Float[Array, "B N T"]]:
+    if isinstance(p, gpu.Problem):
+        return forward_gpu.forward(p, operands.by_row, operands.named())
+    out, lse = forward_tpu.forward(p, operands.by_row, operands.named())
     return out, lse[:, :, 0, : p.q_len]
 
 
-def attend_forward(p: Problem, operands: Any) -> Any:
+def attend_forward(p: Problem | gpu.Problem, operands: Any) -> Any:
     wanted = tuple(() if x.perturbed else None for x in (operands.kv_bias, *operands.captured) if x is not None)
     operands = jax.tree.map(lambda x: x.value, operands)
     out, lse = attend(p, operands)
     return (out, lse), (operands, out, lse, wanted)
 
 
-def attend_backward(p: Problem, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Operands]:
+def attend_backward(p: Problem | gpu.Problem, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Operands]:
     operands, out, lse, wanted = residuals
     d_out, d_lse = zeros_for_symbols(cotangents)
     products = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).reshape(*out.shape[:2], p.heads, p.value_width)
     delta = jnp.moveaxis(jnp.sum(products, axis=-1), 1, 2) - d_lse
     dead = lse == -jnp.inf
     shift, delta = jnp.where(dead, jnp.inf, lse), jnp.where(dead, 0, delta)
-    padding = ((0, 0), (0, 0), (0, p.rows * p.tiling.block_q - p.q_len))
-    rows = {
-        "out_gradient": d_out.astype(p.dtype),
-        "shift": jnp.pad(shift * scores.LOG2E, padding, constant_values=jnp.inf)[:, :, None],
-        "delta": jnp.pad(delta, padding)[:, :, None],
-    }
+    rows = {"out_gradient": d_out.astype(p.dtype), "shift": shift * scores.LOG2E, "delta": delta}
+    if not isinstance(p, gpu.Problem):
+        padding = ((0, 0), (0, 0), (0, p.rows * p.tiling.block_q - p.q_len))
+        rows["shift"] = jnp.pad(rows["shift"], padding, constant_values=jnp.inf)[:, :, None]
+        rows["delta"] = jnp.pad(rows["delta"], padding)[:, :, None]
     with_bias = operands.kv_bias is not None and wanted[0] is not None
     of_captured = wanted[operands.kv_bias is not None :]
     with_captured = tuple(
         i for i, x in enumerate(operands.captured) if of_captured[i] is not None and x.dtype == jnp.float32
     )
-    found = backward(
-        p,
-        operands.by_row,
-        operands.by_col,
-        operands.named() | rows,
-        with_bias=with_bias,
-        with_captured=with_captured,
-    )
+    given = (operands.by_row, operands.by_col, operands.named() | rows)
+    if isinstance(p, gpu.Problem):
+        found = backward_gpu.backward(p, *given, with_bias=with_bias, with_captured=with_captured)
+    else:
+        found = backward_tpu.backward(p, *given, with_bias=with_bias, with_captured=with_captured)
     d_sinks = None
     if operands.sinks is not None:
         d_sinks = -jnp.sum(jnp.exp(operands.sinks[:, None] - shift) * delta, axis=(0, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse import WorkList, block_sparse_attention, choose
+from pallas_kernels.block_sparse import (
+    BlockLists,
+    Blocks,
+    Tiling,
+    WorkList,
+    block_sparse_attention,
+    choose,
+    choose_blocks,
+)
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
 
@@ -22,20 +31,21 @@ def cases(target: str) -> dict[str, Case]:
     The least that is moved: q, k, v -> o forward, q, k, v, o, do -> dq, dk, dv backward.
     """
     if target == "h100":
-        return {}
+        return _gpu()
     arrays = (jax.ShapeDtypeStruct((1, LENGTH, HEADS, WIDTH), jnp.bfloat16),) * 4
     ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     slopes = jax.ShapeDtypeStruct((HEADS,), jnp.float32)
-    kind, least = CHIPS[target].kind, 12 * arrays[0].size * arrays[0].dtype.itemsize
+    least = 12 * arrays[0].size * arrays[0].dtype.itemsize
+    cut = choose(LENGTH, LENGTH, WIDTH, WIDTH, jnp.bfloat16, kind=CHIPS[target].kind)
 
     def causal(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        return _attend(kind, lambda near, far: (far >= 0, near >= 0), _causal, query, key, value, **options)
+        return _attend(cut, _is_causal, _causal, query, key, value, **options)
 
     def window(query: Any, key: Any, value: Any, ids: Any) -> Any:
         def classify(near: Any, far: Any) -> Any:
             return (far >= 0) & (near <= WINDOW), np.zeros_like(near, bool)
 
-        return _attend(kind, classify, _window, query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
+        return _attend(cut, classify, _window, query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
 
     def alibi(query: Any, key: Any, value: Any, slopes: Any) -> Any:
         return causal(query, key, value, score_mod=_alibi, captured=(slopes,))
@@ -45,6 +55,34 @@ def cases(target: str) -> dict[str, Case]:
         "window-segments": Case(_gradient(window), (*arrays, ids), least),
         "alibi": Case(_gradient(alibi), (*arrays, slopes), least),
     }
+
+
+def _gpu() -> dict[str, Case]:
+    """Causal with heads of two widths; and all that a call can have at once, with masks on every side."""
+    found: dict[str, Case] = {}
+    for width in (64, 128):
+        arrays = (jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), jnp.bfloat16),) * 4
+        cut = choose_blocks(LENGTH, LENGTH, width, width, jnp.bfloat16)
+        attention = functools.partial(_attend, cut, _is_causal, _causal)
+        found[f"causal-{width}"] = Case(_gradient(attention), arrays, 12 * arrays[0].size * arrays[0].dtype.itemsize)
+
+    batch, length, heads, kv_heads, width, value_width = 2, 1000, 4, 2, 40, 24
+    cut = choose_blocks(length, length, width, value_width, jnp.bfloat16, block_q=512, block_kv=384)
+
+    def everything(query: Any, key: Any, value: Any, slopes: Any, sinks: Any, bias: Any, ids: Any) -> Any:
+        options: Any = {"score_mod": _alibi, "captured": (slopes,), "sinks": sinks, "kv_bias": bias, "soft_cap": 20.0}
+        options |= {"q_segment_ids": ids, "kv_segment_ids": ids}
+        return _attend(cut, _is_causal, _causal, query, key, value, **options)
+
+    query, key, value, out = (
+        jax.ShapeDtypeStruct((batch, length, *sizes), jnp.bfloat16)
+        for sizes in ((heads, width), (kv_heads, width), (kv_heads, value_width), (heads, value_width))
+    )
+    per_head = jax.ShapeDtypeStruct((heads,), jnp.float32)
+    bias = jax.ShapeDtypeStruct((batch, kv_heads, length), jnp.float32)
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    arguments = (query, key, value, out, per_head, per_head, bias, ids)
+    return found | {"everything": Case(_gradient(everything), arguments)}
 
 
 def _gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,16 +95,20 @@ def _gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
-def _attend(kind: str, classify: Any, element: Any, query: Any, key: Any, value: Any, **options: Any) -> Any:
+def _attend(cut: Tiling | Blocks, classify: Any, element: Any, query: Any, key: Any, value: Any, **options: Any) -> Any:
     """Attention over the blocks that `classify` lists by the least and the greatest distance of their pairs."""
-    cut = choose(LENGTH, LENGTH, WIDTH, WIDTH, query.dtype, kind=kind)
-    q, kv = (np.arange(0, LENGTH, block) for block in (cut.block_q, cut.block_kv))
+    q, kv = (np.arange(0, x.shape[1], block) for x, block in ((query, cut.block_q), (key, cut.block_kv)))
     some, every = classify(q[:, None] - kv - cut.block_kv + 1, q[:, None] + cut.block_q - 1 - kv)
-    by_col, by_row = np.nonzero(some.T)[::-1], np.nonzero(some)
-    by_row, by_col = (
-        WorkList(*(np.asarray(x, np.int32)[None, None] for x in (*pairs, 1 + every[pairs])))
-        for pairs in (by_row, by_col)
-    )
+    by_row: Any
+    by_col: Any
+    if isinstance(cut, Blocks):
+        by_row, by_col = (_block_lists(np.where(some, 1 + every, 0)[None, None], axis) for axis in (3, 2))
+    else:
+        by_col, by_row = np.nonzero(some.T)[::-1], np.nonzero(some)
+        by_row, by_col = (
+            WorkList(*(np.asarray(x, np.int32)[None, None] for x in (*pairs, 1 + every[pairs])))
+            for pairs in (by_row, by_col)
+        )
     return block_sparse_attention(
         query,
         key,
@@ -74,13 +116,24 @@ def _attend(kind: str, classify: Any, element: Any, query: Any, key: Any, value:
         by_row,
         by_col,
         element=element,
-        scale=WIDTH**-0.5,
+        scale=query.shape[3] ** -0.5,
         block_q=cut.block_q,
         block_kv=cut.block_kv,
-        platform="tpu",
+        platform="gpu" if isinstance(cut, Blocks) else "tpu",
         cut=cut,
         **options,
     )
+
+
+def _block_lists(kinds: np.ndarray, axis: int) -> BlockLists:
+    """A list for each row of kinds `[1, 1, rows, columns]`, or with axis 2 for each column."""
+    kinds = np.moveaxis(kinds, axis, 3)
+    order = np.argsort(np.where(kinds == 0, 3, kinds), axis=3, kind="stable")
+    return BlockLists(order, np.sum(kinds == 1, axis=3), np.sum(kinds > 0, axis=3))
+
+
+def _is_causal(near: Any, far: Any) -> Any:
+    return far >= 0, near >= 0
 
 
 def _causal(q_pos: Any, kv_pos: Any, head: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The pairs of blocks that a kernel visits, in scalar memory.
+"""The pairs of blocks that a kernel visits: on TPU one list of steps in scalar memory, on GPU a list of each row.
 
 A step (row, col, kind) is one number, row 2^17 + col 2^2 + kind. The lists of all batch rows and heads stand one after
 another, for scalar memory pads the minor axes of anything but a flat array.
@@ -33,6 +33,19 @@ class WorkList(NamedTuple):
     row: Int[Array | np.ndarray, "Bm Nm A"]
     col: Int[Array | np.ndarray, "Bm Nm A"]
     kind: Int[Array | np.ndarray, "Bm Nm A"]
+
+
+class BlockLists(NamedTuple):
+    """The same pairs as a list of each row: of key blocks for a query block, or of query blocks for a key block.
+
+    Attributes:
+      idx: the blocks, each below the number that there are: partial ones, then full ones, then anything.
+      n_partial, n_total: how many entries are partial, and how many are listed.
+    """
+
+    idx: Int[Array | np.ndarray, "Bm Nm rows W"]
+    n_partial: Int[Array | np.ndarray, "Bm Nm rows"]
+    n_total: Int[Array | np.ndarray, "Bm Nm rows"]
 
 
 def row_of(code: Any) -> Any:
@@ -70,6 +83,24 @@ def check(
             f"scalar memory, and a list may take {BUDGET >> 10} KiB and name {MOST_BLOCKS} blocks; use larger blocks: "
             f"block_q={larger * blocks[0]}, block_kv={larger * blocks[1]}"
         )
+
+
+def check_blocks(name: str, lists: Any, *, batch: int, heads: int, kv_heads: int, rows: int) -> None:
+    """Raises `ValueError` for `BlockLists` that do not belong to the sizes."""
+    idx, counts = lists.idx.shape, (lists.n_partial.shape, lists.n_total.shape)
+    matches = len(idx) == 4 and counts == (idx[:3], idx[:3]) and idx[2] == rows and idx[3] > 0
+    if not matches or idx[0] not in (1, batch) or idx[1] not in (1, kv_heads, heads):
+        raise ValueError(
+            f"{name}: expected idx [Bm, Nm, {rows}, W] with Bm in {{1, {batch}}} and Nm in {{1, {kv_heads}, {heads}}}, "
+            f"and n_partial, n_total [Bm, Nm, {rows}], got {[tuple(x.shape) for x in lists]}"
+        )
+    if not all(np.issubdtype(x.dtype, np.integer) for x in lists):
+        raise ValueError(f"{name}: expected integers, got {[str(x.dtype) for x in lists]}")
+
+
+def whole(lists: Any) -> BlockLists:
+    """Lists of 32-bit integers as arrays of JAX."""
+    return BlockLists(*(jnp.asarray(x, np.int32) for x in lists))
 
 
 def pack(steps: Any, *, lengths: tuple[int, int], blocks: tuple[int, int]) -> Int32[Array, " all"]:

@@ -6,6 +6,7 @@ Chosen by what the compiler schedules (`python -m pallas_kernels.lab report --fa
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -143,3 +144,121 @@ def _whole(length: int) -> int:
 def _divisor(block: int, most: int) -> int:
     """The largest part of a block in whole lanes up to `most` that divides it."""
     return max(size for size in range(LANES, min(block, most) + 1, LANES) if block % size == 0)
+
+
+LEAST = 16
+"""Tensor cores of a GPU add up 16 products at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program on a GPU: its tiles of queries and keys, powers of two, and how many turns ahead its loop loads."""
+
+    q: int
+    kv: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The cut on a GPU: blocks of the lists, and programs forward, for the gradients of queries, and of keys."""
+
+    block_q: int
+    block_kv: int
+    forward: Program
+    queries: Program
+    keys: Program
+
+
+_NARROW = {
+    64: (Program(128, 64, 4, 3), Program(128, 64, 8, 3), Program(64, 64, 4, 3)),
+    128: (Program(128, 64, 8, 3), Program(128, 64, 8, 3), Program(64, 128, 8, 2)),
+    256: (Program(128, 64, 8, 2), Program(128, 32, 8, 2), Program(32, 64, 8, 3)),
+}
+_FLOAT32 = {
+    64: (Program(64, 32, 4, 2), Program(64, 32, 4, 2), Program(32, 64, 4, 2)),
+    128: (Program(64, 16, 8, 2), Program(32, 32, 8, 2), Program(32, 32, 8, 2)),
+}
+MOST_PAIRS = 2**20
+"""Of blocks: a list of each row with all of them takes 4 MiB, and so does its transpose."""
+
+
+def widest(dtype: Any) -> int:
+    """Channels of the widest heads whose products and sums fit the registers of a program on a GPU."""
+    return max(_NARROW if jnp.dtype(dtype) == jnp.bfloat16 else _FLOAT32)
+
+
+def choose_blocks(
+    q_len: int,
+    kv_len: int,
+    width: int,
+    value_width: int,
+    dtype: Any,
+    *,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    shared: int | None = None,
+) -> Blocks:
+    """The cut of a problem on a GPU, read off registers and spills of the lab's report for H100.
+
+    Args:
+      block_q, block_kv: of lists that are there already; `None` chooses, within the lengths.
+      shared: bytes of shared memory of a program; `None` asks the device.
+    """
+    size = 128
+    while -(-q_len // size) * -(-kv_len // size) > MOST_PAIRS:
+        size *= 2
+
+    def within(length: int) -> int:
+        return min(size, _power(length))
+
+    block_q, block_kv = block_q or within(q_len), block_kv or within(kv_len)
+    by_width = _NARROW if jnp.dtype(dtype) == jnp.bfloat16 else _FLOAT32
+    programs = next(found for most, found in by_width.items() if max(width, value_width) <= most)
+    one, both = (sum(_power(size) for size in sizes) for sizes in ((width,), (width, value_width)))
+    shared = _shared() if shared is None else shared
+    fitted = []
+    for program, held, by_key in zip(programs, (one, both, both), (False, False, True), strict=True):
+        # A tile is the largest power of two that divides its block.
+        q, kv = math.gcd(program.q, block_q), math.gcd(program.kv, block_kv)
+        times = program.kv // kv if by_key else program.q // q
+        program = Program(q, kv, max(4, program.warps // times), program.stages)
+        bytes_of = (size * jnp.dtype(dtype).itemsize for size in (held, both))
+        fitted.append(_fitted(program, *bytes_of, by_key=by_key, shared=shared))
+    return Blocks(block_q, block_kv, *fitted)
+
+
+def _fitted(program: Program, held: int, moved: int, *, by_key: bool, shared: int) -> Program:
+    """A program that loads less ahead, then one with smaller tiles, until it fits the shared memory.
+
+    Args:
+      held, moved: bytes of a token that stays, and of one that the program walks over.
+    """
+    stays, walks = ("kv", "q") if by_key else ("q", "kv")
+    while True:
+        sizes = {name: getattr(program, name) for name in (stays, walks)}
+        rows = 2048  # numbers of single tokens, such as their segments
+        taken = sizes[stays] * held + program.stages * sizes[walks] * moved + rows
+        if taken <= shared or max(sizes.values()) == LEAST:
+            return program
+        if program.stages > 2:
+            program = dataclasses.replace(program, stages=program.stages - 1)
+        elif sizes[stays] > 64 or sizes[walks] == LEAST:
+            smaller: Any = {stays: sizes[stays] // 2, "warps": max(4, program.warps // 2)}
+            program = dataclasses.replace(program, **smaller)
+        else:
+            smaller = {walks: sizes[walks] // 2}
+            program = dataclasses.replace(program, **smaller)
+
+
+def _power(size: int) -> int:
+    """The next power of two that a tile can have."""
+    return max(LEAST, 1 << (size - 1).bit_length())
+
+
+def _shared() -> int:
+    """Of the GPU that is here, by its compute capability; without one, of an H100."""
+    here = jax.devices()[0] if jax.default_backend() == "gpu" else None
+    kibibytes = {"7.5": 64, "8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "12.0": 99, "12.1": 99}
+    return kibibytes.get(getattr(here, "compute_capability", ""), 227) << 10

@@ -12,7 +12,15 @@ import pytest
 import jattn
 from jattn import dot_product_attention
 from jattn.masks import Causal, Fn, SlidingWindow
-from pallas_kernels.block_sparse import Tile, Tiling, WorkList, block_sparse_attention
+from pallas_kernels.block_sparse import (
+    BlockLists,
+    Blocks,
+    Program,
+    Tile,
+    Tiling,
+    WorkList,
+    block_sparse_attention,
+)
 
 CUT = Tiling(
     block_q=128,
@@ -26,6 +34,13 @@ CUT = Tiling(
 )
 TWO_WALKS = dataclasses.replace(CUT, resident=0)
 WIDE_UNITS = dataclasses.replace(CUT, ones=True, split=True)
+ON_GPU = Blocks(
+    block_q=128,
+    block_kv=256,
+    forward=Program(64, 128, 4, 2),
+    queries=Program(128, 64, 4, 2),
+    keys=Program(32, 128, 4, 2),
+)
 TABLE = jnp.arange(2.0)
 LATE = ~Causal(offset=100)  # the last queries see nothing
 WINDOW = Causal(offset=40) & SlidingWindow(150)
@@ -54,6 +69,16 @@ def work_lists(kinds):
 
     row, col, kind = together(np.swapaxes(kinds, 2, 3))
     return WorkList(*together(kinds)), WorkList(col, row, kind)
+
+
+def block_lists(kinds):
+    """Lists of rows and of columns of the same; beyond its end a list names blocks that it must not visit."""
+
+    def listed(kinds):
+        order = np.argsort(np.where(kinds == 0, 3, kinds), axis=-1, kind="stable").astype(np.int32)
+        return BlockLists(order, *(np.sum(x, axis=-1, dtype=np.int32) for x in (kinds == 1, kinds > 0)))
+
+    return listed(kinds), listed(np.swapaxes(kinds, 2, 3))
 
 
 def of_mask(mask, q_len, kv_len):
@@ -106,7 +131,7 @@ def compare(
     query, key = arguments["query"], arguments["key"]
     sizes = (query.shape[2], query.shape[1], key.shape[1])
     kinds = of_mask(mask, *sizes[1:]) if kinds is None else kinds
-    by_row, by_col = work_lists(kinds)
+    by_row, by_col = block_lists(kinds) if isinstance(cut, Blocks) else work_lists(kinds)
     captured = [name for name in arguments if name not in ("query", "key", "value", "kv_bias", "sinks")]
 
     def fused(x):
@@ -124,7 +149,7 @@ def compare(
             soft_cap=soft_cap,
             block_q=CUT.block_q,
             block_kv=CUT.block_kv,
-            platform="interpret",
+            platform="interpret_gpu" if isinstance(cut, Blocks) else "interpret",
             cut=cut,
             **options,
         )
@@ -169,28 +194,35 @@ def compare(
         ((2, 211, 307, 4, 2, 128, 80), WINDOW, CUT),
         ((1, 211, 307, 2, 1, 80, 128), LATE, TWO_WALKS),
         ((1, 307, 211, 2, 2, 16, 256), WINDOW, CUT),
+        ((2, 211, 307, 4, 2, 128, 80), WINDOW, ON_GPU),
+        ((1, 211, 307, 2, 1, 80, 128), LATE, ON_GPU),
+        ((1, 307, 211, 2, 2, 7, 96), WINDOW, ON_GPU),
     ],
-    ids=["grouped", "two walks, rows that see nothing", "narrow"],
+    ids=[
+        *("grouped", "two walks, rows that see nothing", "narrow"),
+        *("gpu, grouped", "gpu, rows that see nothing", "gpu, narrow"),
+    ],
 )
 def test_values_and_gradients(sizes, mask, cut):
     compare(*operands(*sizes), mask, cut=cut)
 
 
-@pytest.mark.parametrize("cut", [CUT, WIDE_UNITS, dataclasses.replace(TWO_WALKS, split=True)])
+@pytest.mark.parametrize("cut", [CUT, WIDE_UNITS, dataclasses.replace(TWO_WALKS, split=True), ON_GPU])
 def test_bfloat16(cut):
     compare(*operands(1, 211, 307, 2, 1, 128, 128, dtype=jnp.bfloat16), LATE, cut=cut, ratio=5e-3)
 
 
-def test_rows_that_see_nothing_whether_listed_or_not():
+@pytest.mark.parametrize("cut", [CUT, ON_GPU], ids=["tpu", "gpu"])
+def test_rows_that_see_nothing_whether_listed_or_not(cut):
     """With and without a sink; the second block of queries is not listed, the first one all but empty."""
     listed, mask = np.array([[[[1, 1], [0, 0], [2, 0]]]], np.int32), Causal(offset=-120)
-    compare(*operands(1, 307, 307, 1, 1, 16, 16), mask, listed)
+    compare(*operands(1, 307, 307, 1, 1, 16, 16), mask, listed, cut=cut)
     arguments, cotangents = operands(1, 307, 307, 2, 1, 16, 16, sinks=(2,))
-    got = compare(arguments, cotangents, mask, listed)
+    got = compare(arguments, cotangents, mask, listed, cut=cut)
     np.testing.assert_allclose(got["lse"][0, 128:256], np.broadcast_to(arguments["sinks"], (128, 2)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("cut", [CUT, TWO_WALKS], ids=["one walk", "two walks"])
+@pytest.mark.parametrize("cut", [CUT, TWO_WALKS, ON_GPU], ids=["one walk", "two walks", "gpu"])
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 4)], ids=["batch", "key heads", "batch and heads"])
 def test_lists_of_batch_rows_and_heads(shape, cut):
     kinds = np.random.default_rng(0).integers(0, 3, (*shape, 2, 2)).astype(np.int32)
@@ -229,7 +261,9 @@ def test_one_compilation_serves_all_traced_lists():
     assert traces == 1
 
 
-@pytest.mark.parametrize(("cut", "value_width"), [(CUT, 32), (TWO_WALKS, 128)], ids=["one walk", "two walks"])
+@pytest.mark.parametrize(
+    ("cut", "value_width"), [(CUT, 32), (TWO_WALKS, 128), (ON_GPU, 32)], ids=["one walk", "two walks", "gpu"]
+)
 def test_segments_bias_of_keys_cap_and_sinks(cut, value_width):
     segments = (
         jnp.asarray(np.repeat([0, 3, 4], [50, 101, 60])[None]),
@@ -239,7 +273,7 @@ def test_segments_bias_of_keys_cap_and_sinks(cut, value_width):
     compare(arguments, cotangents, Causal(offset=60), cut=cut, soft_cap=3.0, segments=segments)
 
 
-@pytest.mark.parametrize("cut", [WIDE_UNITS, TWO_WALKS], ids=["one walk", "two walks"])
+@pytest.mark.parametrize("cut", [WIDE_UNITS, TWO_WALKS, ON_GPU], ids=["one walk", "two walks", "gpu"])
 def test_score_functions_and_the_gradients_of_what_they_capture(cut):
     def score_mod(score, b, h, q_pos, kv_pos, slopes, temperature, shift):
         return score * temperature[b, h] + slopes[h] * (kv_pos - q_pos) * 0.01 + shift

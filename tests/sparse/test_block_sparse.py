@@ -532,7 +532,7 @@ BAD = {
         {"dropout_rate": 0.5, "dropout_seed": jax.random.key(0)}, TypeError, "dropout_seed: .*",
     ),
     "a long seed": ({"dropout_rate": 0.5, "dropout_seed": 2**32}, ValueError, "dropout_seed: .* 32 bits"),
-    "an unknown implementation": ({"implementation": "pallas_gpu"}, NotImplementedError, "has pallas_tpu, xla"),
+    "another machine": ({"implementation": "pallas_gpu"}, NotImplementedError, "runs on cuda, and this is cpu"),
 }  # fmt: skip
 
 
