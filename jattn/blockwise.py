@@ -29,13 +29,13 @@ from jattn.softmax_tile import (
     State,
     Tile,
     absorb,
-    dropout_factors,
     finish,
     gradients,
     initial_state,
     row_statistics,
     sink_gradient,
 )
+from pallas_kernels.block_sparse import dropout
 
 
 class Operands(NamedTuple):
@@ -365,7 +365,7 @@ def _cut(plan: Plan, x: Operands, walk: Walk, places: _Places, stacks: Stacks, a
         tile = tile._replace(modify=modify, parameters=_floating(x.captured))
     if x.seed is not None:
         dtype = accumulator_dtype(x.query.dtype)
-        keep = dropout_factors(x.seed, batch, head, q_pos, kv_pos, plan.dropout_rate, dtype)
+        keep = dropout.factors(x.seed, batch, head, q_pos, kv_pos, plan.dropout_rate, dtype)
         tile = tile._replace(keep=keep)
     return tile
 

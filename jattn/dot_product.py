@@ -39,7 +39,8 @@ from jattn.checks import (
 from jattn.dispatch import Choice, Implementation, dispatch
 from jattn.fused import check_fused_softmax, fused_softmax, kernels
 from jattn.masks import Causal, Full, Mask
-from jattn.softmax_tile import Score, dropout_factors
+from jattn.softmax_tile import Score
+from pallas_kernels.block_sparse import dropout
 
 SegmentIds = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
 
@@ -163,7 +164,7 @@ def dense_attention(
     l = jnp.where(seen, l, 1)
     p = p / l[..., None]
     if x.seed is not None:
-        p = p * dropout_factors(x.seed, *where, dropout_rate, acc)
+        p = p * dropout.factors(x.seed, *where, dropout_rate, acc)
     out = jnp.einsum("bkgts,bskv->btkgv", p.astype(x.value.dtype), x.value, preferred_element_type=acc)
     lse = jnp.where(seen, m + jnp.log(l), -jnp.inf)
     return (

@@ -53,6 +53,8 @@ def fused_attention(
         kv_bias=kv_bias,
         scale=score.scale,
         soft_cap=score.soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_seed=x.seed,
         block_q=block_mask.block_q,
         block_kv=block_mask.block_kv,
         platform=platform,
@@ -89,8 +91,6 @@ def check_fused(
 ) -> None:  # fmt: skip
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     x, mask = operands, static_mask if lists is None else lists
-    if dropout_rate:
-        raise NotImplementedError("the kernel has no dropout")
     least = tiling.LEAST if platform in kernel.GPU else tiling.LANES
     sizes: dict[str, Any] = {"block_q": least, "block_kv": least}
     if isinstance(mask, BlockMask):

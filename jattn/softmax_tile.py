@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float
 
 from jattn.checks import accumulator_dtype
 
@@ -170,24 +170,3 @@ def gradients(tile: Tile, shift: Array, delta: Array, d_out: Array, score: Score
         logits=dy,
         parameters=d_parameters,
     )
-
-
-def dropout_factors(
-    seed: UInt32[Array, ""], batch: Array, head: Array, q_pos: Array, kv_pos: Array, rate: float, dtype: Any
-) -> Float[Array, ...]:
-    """0 with probability `rate` and else 1 / (1 - rate), from a hash of the seed and where the pair is.
-
-    The four integer arrays broadcast against each other. Arithmetic is modulo 2^32, so the bits are the same on every
-    backend and for any cut into blocks. `mix` is the finaliser lowbias32 of Chris Wellons' hash prospector.
-    """
-
-    def mix(x: Array) -> Array:
-        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-        return x ^ (x >> 16)
-
-    bits = jnp.uint32(0x9E3779B9)
-    for place in (seed, batch, head, q_pos, kv_pos):  # the larger arrays come last: all pairs need one `mix` only
-        bits = mix(bits * jnp.uint32(0x9E3779B9) + jnp.asarray(place).astype(jnp.uint32))
-    dropped = bits < jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    return jnp.where(dropped, 0, jnp.asarray(1 / (1 - rate), dtype))

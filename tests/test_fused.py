@@ -1,12 +1,14 @@
 """What every op asks of the fused softmax kernels, interpreted, against dense attention in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jattn
-from jattn import dot_product_attention, fused, sliding_window_attention
+from jattn import block_sparse_attention, dot_product_attention, fused, sliding_window_attention
 from jattn.blockwise import Operands
 from jattn.masks import Causal, Sink, SlidingWindow
 from pallas_kernels.block_sparse import lists, tiling
@@ -55,6 +57,19 @@ def test_a_walk_of_the_kernel_is_dense_attention(op, options):
     for a, b in zip(got, want, strict=True):
         b = np.asarray(b, np.float64)
         assert np.sqrt(np.mean((np.asarray(a, np.float64) - b) ** 2)) <= 1e-5 * np.sqrt(np.mean(b**2))
+
+
+@pytest.mark.parametrize("resident", [None, 0], ids=["one-walk", "two-walks"])
+def test_dropout_is_that_of_every_implementation(resident, monkeypatch):
+    choose = tiling.choose
+    if resident is not None:  # gradients of keys then have a walk of their own
+        monkeypatch.setattr(tiling, "choose", lambda *a, **k: dataclasses.replace(choose(*a, **k), resident=resident))
+    options = {"block_mask": Causal(offset=S - T), "dropout_rate": 0.3, "dropout_seed": 2**32 - 5}
+    got = results(block_sparse_attention, arrays(np.float32), "interpret", **options)
+    with jax.enable_x64(True):
+        want = results(block_sparse_attention, arrays(np.float64), "reference", **options)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 def test_the_kernel_is_what_a_tpu_runs_and_says_what_it_does_not():

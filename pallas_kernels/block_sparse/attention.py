@@ -46,6 +46,7 @@ class Operands(NamedTuple):
     value: Array
     kv_bias: Array | None
     sinks: Array | None
+    seed: Array | None
     captured: tuple[Array, ...]
     q_segments: Array | None
     kv_segments: Array | None
@@ -54,7 +55,7 @@ class Operands(NamedTuple):
 
     def named(self) -> dict[str, Array | None]:
         """What both walks read."""
-        names = ("query", "key", "value", "kv_bias", "sinks", "q_segments", "kv_segments")
+        names = ("query", "key", "value", "kv_bias", "sinks", "seed", "q_segments", "kv_segments")
         captured = {f"captured{i}": x for i, x in enumerate(self.captured)}
         return {**{name: getattr(self, name) for name in names}, **captured}
 
@@ -75,6 +76,8 @@ def block_sparse_attention(
     kv_bias: Float[Array, "B K S"] | None = None,
     scale: float,
     soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Int[Array, ""] | None = None,
     block_q: int,
     block_kv: int,
     platform: Platform,
@@ -92,6 +95,7 @@ def block_sparse_attention(
       captured: arrays that it reads by scalar indices, such as `slopes[h]`. They have gradients.
       q_segment_ids, kv_segment_ids: only equal ids attend to each other. A full block promises that they are equal.
       sinks: one logit for each query head that takes part in the softmax and has no value.
+      dropout_rate, dropout_seed: probabilities are multiplied by `dropout.factors`, after lse was taken of all of them.
       block_q, block_kv: of the lists; multiples of 128, on GPU of 16.
       platform: "tpu" or "gpu"; "interpret" and "interpret_gpu" run their kernels step by step anywhere.
       cut: how a grid step, or on GPU a block, is cut up; `None` chooses.
@@ -132,6 +136,7 @@ def block_sparse_attention(
         "element": element,
         "score_mod": score_mod,
         "captured": tuple(x.shape for x in captured),
+        "dropout_rate": dropout_rate,
         "dtype": query.dtype,
     }
     operands = Operands(
@@ -140,6 +145,7 @@ def block_sparse_attention(
         value=value,
         kv_bias=None if kv_bias is None else kv_bias.astype(jnp.float32),
         sinks=None if sinks is None else sinks.astype(jnp.float32),
+        seed=jax.lax.bitcast_convert_type(dropout_seed, jnp.int32)[None] if dropout_rate else None,  # type: ignore[arg-type]
         captured=tuple(x.reshape(-1).astype(_scalar_dtype(x)) for x in captured),
         q_segments=None if q_segment_ids is None else q_segment_ids.astype(jnp.int32),
         kv_segments=None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
@@ -154,8 +160,9 @@ def block_sparse_attention(
         p = Problem(
             width=_whole(width),
             value_width=_whole(value_width),
-            # Lanes beyond the values are there anyway; a tile of ones is added where it costs nothing.
-            sum_lane=value_width if value_width % LANES or cut.ones else None,
+            # Lanes beyond the values are there anyway; a tile of ones is added where it costs nothing. With dropout
+            # what is multiplied by them is not what is summed up.
+            sum_lane=value_width if (value_width % LANES or cut.ones) and not dropout_rate else None,
             reads=_reads(score_mod, captured),
             tiling=cut,
             steps=by_row.row.shape[2],

@@ -50,15 +50,15 @@ def _weights(
     masked: bool,
     trained: Sequence[int] = (),
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, Sequence[Any]]]]:
-    """p, and what turns do v^T into dy and the gradients of the `trained` numbers that the score function reads."""
+    """p times what dropout does, and what turns do v^T into dy and the gradients of `trained` numbers of the scores."""
     x, capped, pull_back = gpu.logits(p, r, at, product, read, trained=trained)
     allowed = gpu.allowed(p, r, at, rows.ids, masked=masked)
     if allowed is not None:
         x = jnp.where(allowed, x, -jnp.inf)
-    weights = gpu.power(p, gpu.unit(p, r), x, rows.shift)
+    weights, kept = gpu.power(p, gpu.unit(p, r), x, rows.shift), gpu.kept(p, r, at)
 
     def gradients(dp: jax.Array) -> tuple[jax.Array, Sequence[Any]]:
-        dy = weights * (dp - rows.delta)
+        dy = weights * ((dp if kept is None else dp * kept) - rows.delta)
         if capped is not None:
             dy = dy * (1 - capped * capped)
         if pull_back is None:
@@ -67,7 +67,7 @@ def _weights(
         # Where a pair is not allowed the caller's derivative may be anything.
         return dy if allowed is None else jnp.where(allowed, dy, 0), of_read
 
-    return weights, gradients
+    return weights if kept is None else weights * kept, gradients
 
 
 def _queries_kernel(p: Problem, wanted: tuple[int, ...], r: Refs) -> None:

@@ -175,6 +175,9 @@ def _visit(p: Problem, step: Step, slot: Any, r: Refs, *, masked: bool) -> None:
 
     for (i, j), (u, capped, pull_back, allowed, dp) in walk.ahead(units, t.backward.lag, begin):
         weights = jnp.exp2(u - walk.wide(r.shift_columns[rows[i]], t.backward.kv))
+        kept = scores.kept(p, r, scores.place(step, rows[i], columns[j]))
+        if kept is not None:
+            dp = dp * kept
         dy = weights * (dp - walk.wide(r.delta_columns[rows[i]], t.backward.kv))
         if capped is not None:
             dy = dy * (1 - capped * capped)
@@ -184,7 +187,7 @@ def _visit(p: Problem, step: Step, slot: Any, r: Refs, *, masked: bool) -> None:
                 dy = jnp.where(allowed, dy, 0)
         dy = dy.astype(p.dtype)
         if r.key_sums is not None:
-            weights = weights.astype(p.dtype)
+            weights = (weights if kept is None else weights * kept).astype(p.dtype)
             r.value_sums[slot, :, columns[j]] += walk.dot(r.do_upright[:, rows[i]], weights)
             r.key_sums[slot, :, columns[j]] += walk.dot(r.q_upright[:, rows[i]], dy)
         if r.query_sums is not None:

@@ -26,7 +26,7 @@ LENGTH, HEADS, WIDTH, WINDOW = 4096, 8, 128, 1024
 
 
 def cases(target: str) -> dict[str, Case]:
-    """Causal; a window in packed sequences, whose blocks are mostly partial; ALiBi with slopes that are trained.
+    """Causal; a window in packed sequences, whose blocks are mostly partial; ALiBi with trained slopes; dropout.
 
     The least that is moved: q, k, v -> o forward, q, k, v, o, do -> dq, dk, dv backward.
     """
@@ -36,7 +36,8 @@ def cases(target: str) -> dict[str, Case]:
     ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     slopes = jax.ShapeDtypeStruct((HEADS,), jnp.float32)
     least = 12 * arrays[0].size * arrays[0].dtype.itemsize
-    cut = choose(LENGTH, LENGTH, WIDTH, WIDTH, jnp.bfloat16, kind=CHIPS[target].kind)
+    kind, shape = CHIPS[target].kind, (LENGTH, LENGTH, WIDTH, WIDTH, jnp.bfloat16)
+    cut = choose(*shape, kind=kind)
 
     def causal(query: Any, key: Any, value: Any, **options: Any) -> Any:
         return _attend(cut, _is_causal, _causal, query, key, value, **options)
@@ -50,10 +51,13 @@ def cases(target: str) -> dict[str, Case]:
     def alibi(query: Any, key: Any, value: Any, slopes: Any) -> Any:
         return causal(query, key, value, score_mod=_alibi, captured=(slopes,))
 
+    # Smaller blocks, since code for every pair takes long to compile.
+    small = functools.partial(_attend, choose(*shape, block_q=512, block_kv=512, kind=kind), _is_causal, _causal)
     return {
         "causal": Case(_gradient(causal), arrays, least),
         "window-segments": Case(_gradient(window), (*arrays, ids), least),
         "alibi": Case(_gradient(alibi), (*arrays, slopes), least),
+        "dropout": Case(_gradient(_dropout(small)), (*arrays, jax.ShapeDtypeStruct((), jnp.uint32)), least),
     }
 
 
@@ -65,6 +69,8 @@ def _gpu() -> dict[str, Case]:
         cut = choose_blocks(LENGTH, LENGTH, width, width, jnp.bfloat16)
         attention = functools.partial(_attend, cut, _is_causal, _causal)
         found[f"causal-{width}"] = Case(_gradient(attention), arrays, 12 * arrays[0].size * arrays[0].dtype.itemsize)
+        if width == 64:
+            found["dropout"] = Case(_gradient(_dropout(attention)), (*arrays, jax.ShapeDtypeStruct((), jnp.uint32)))
 
     batch, length, heads, kv_heads, width, value_width = 2, 1000, 4, 2, 40, 24
     cut = choose_blocks(length, length, width, value_width, jnp.bfloat16, block_q=512, block_kv=384)
@@ -83,6 +89,13 @@ def _gpu() -> dict[str, Case]:
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     arguments = (query, key, value, out, per_head, per_head, bias, ids)
     return found | {"everything": Case(_gradient(everything), arguments)}
+
+
+def _dropout(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def dropped(query: Any, key: Any, value: Any, seed: Any) -> Any:
+        return attention(query, key, value, dropout_rate=0.1, dropout_seed=seed)
+
+    return dropped
 
 
 def _gradient(attention: Callable[..., Any]) -> Callable[..., Any]:

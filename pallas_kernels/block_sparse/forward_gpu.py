@@ -47,6 +47,8 @@ def _kernel(p: Problem, r: Refs) -> None:
         shift = jnp.where(largest == -jnp.inf, 0, largest * unit)
         weights, kept = gpu.power(p, unit, x, shift[:, None]), gpu.power(p, unit, m, shift)
         l = kept * l + jnp.sum(weights, axis=1)
+        dropped = gpu.kept(p, r, at)
+        weights = weights if dropped is None else weights * dropped
         return largest, l, kept[:, None] * acc + gpu.dot(p, weights.astype(v.dtype), v)
 
     zeros = jnp.zeros(t.q, jnp.float32)

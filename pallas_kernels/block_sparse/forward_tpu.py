@@ -103,6 +103,8 @@ def _visit(p: Problem, step: Step, r: Refs, *, masked: bool) -> None:
             r.l[rows[i]] = kept * r.l[rows[i]] + sum(weights[:, at] for at in walk.parts(t.forward.kv, LANES))
         elif p.sum_lane == p.value_width:
             v = jnp.concatenate([v, jnp.ones((t.forward.kv, LANES), v.dtype)], axis=1)
+        dropped = scores.kept(p, r, scores.place(step, rows[i], columns[j]))
+        weights = weights if dropped is None else weights * dropped
         moved = walk.dot(weights.astype(v.dtype), v)
         r.acc[rows[i]] = walk.wide(kept, moved.shape[1]) * r.acc[rows[i]] + moved
         m[i] = largest

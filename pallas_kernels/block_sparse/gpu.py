@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.block_sparse import scores
+from pallas_kernels.block_sparse import dropout, scores
 from pallas_kernels.block_sparse.scores import LOG2E
 from pallas_kernels.block_sparse.tiling import LEAST, Blocks, Program
 from pallas_kernels.block_sparse.walk import Refs
@@ -49,6 +49,7 @@ class Problem:
     element: Callable[..., Any] | None
     score_mod: Callable[..., Any] | None
     captured: tuple[tuple[int, ...], ...]
+    dropout_rate: float
     dtype: Any
     blocks: Blocks
     interpret: bool
@@ -217,6 +218,13 @@ def allowed(p: Problem, r: Refs, at: Place, q_ids: Any, *, masked: bool) -> jax.
     return functools.reduce(operator.and_, rules) if rules else None
 
 
+def kept(p: Problem, r: Refs, at: Place) -> jax.Array | None:
+    """What dropout multiplies probabilities by; `None`: nothing."""
+    if not p.dropout_rate:
+        return None
+    return dropout.factors(r.seed[0], at.b, at.n, at.q.position, at.kv.position, p.dropout_rate, jnp.float32)
+
+
 def has_score(p: Problem, r: Refs) -> bool:
     """Whether something stands between the scaled product and the soft cap."""
     return p.score_mod is not None or r.kv_bias is not None
@@ -340,6 +348,7 @@ def specs(p: Problem, *, by_key: bool) -> dict[str, pl.BlockSpec]:
         "dv": key(p.value_wide),
         "dkv_bias": bias,
         "sinks": whole(p.heads),
+        "seed": whole(1),
         **{f"captured{i}": whole(math.prod(shape)) for i, shape in enumerate(p.captured)},
     }
 

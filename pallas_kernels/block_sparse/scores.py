@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse import walk
+from pallas_kernels.block_sparse import dropout, walk
 from pallas_kernels.block_sparse.lists import EDGE
 from pallas_kernels.block_sparse.walk import Problem, Refs, Step, iota
 
@@ -119,6 +119,13 @@ def modified(p: Problem, refs: Refs, at: Place, x: jax.Array, read: Callable[[in
     if p.score_mod is None:
         return x
     return p.score_mod(x, at.step.b, at.step.n, at.q_pos, at.kv_pos, *tables(p.captured, read))
+
+
+def kept(p: Problem, refs: Refs, at: Place) -> jax.Array | None:
+    """What dropout multiplies probabilities by; `None`: nothing."""
+    if not p.dropout_rate:
+        return None
+    return dropout.factors(refs.seed[0], at.step.b, at.step.n, at.q_pos, at.kv_pos, p.dropout_rate, jnp.float32)
 
 
 def reader(refs: Refs) -> Callable[[int, Any], Any]:

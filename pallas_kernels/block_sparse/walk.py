@@ -49,6 +49,7 @@ class Problem:
     element: Callable[..., Any] | None
     score_mod: Callable[..., Any] | None
     captured: tuple[tuple[int, ...], ...]
+    dropout_rate: float
     reads: int
     dtype: Any
     tiling: Tiling
@@ -174,6 +175,7 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
         "q_segments": block((None, 1, t.block_q), lambda b, n, row, col: (b, 0, row)),
         "kv_segments": block((None, 1, t.block_kv), lambda b, n, row, col: (b, 0, col)),
         "sinks": scalars,
+        "seed": scalars,
         **{f"captured{i}": scalars for i in range(len(p.captured))},
     }
 

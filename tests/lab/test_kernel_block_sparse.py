@@ -10,13 +10,15 @@ import pytest
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_family_compiles(target, lab):
     out = lab("compile", "--family", "block_sparse", "--targets", target)
-    for case in ("causal", "window-segments", "alibi"):
+    for case in ("causal", "window-segments", "alibi", "dropout"):
         assert case in out
 
 
 # Two loops, of partial and of full blocks, with 2, 3 and 4 products each; an instruction adds up 16 channels or tokens.
+_64 = {"forward": 2 * 2 * (4 + 4), "queries": 2 * (4 + 4 + 4), "keys": 2 * (4 + 4 + 4 + 4)}
 WGMMA = {
-    "causal-64": {"forward": 2 * 2 * (4 + 4), "queries": 2 * (4 + 4 + 4), "keys": 2 * (4 + 4 + 4 + 4)},
+    "causal-64": _64,
+    "dropout": _64,
     "causal-128": {"forward": 2 * (8 + 4), "queries": 2 * (8 + 8 + 4), "keys": 2 * (8 + 8 + 4 + 4)},
 }
 

@@ -362,7 +362,6 @@ def test_the_op_on_the_kernel():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"dropout_rate": 0.5, "dropout_seed": 1}, "no dropout"),
         ({"block_mask": jattn.BlockMask.from_dense(np.tri(60, dtype=bool), 128, 128)}, "have a bank"),
         ({"block_mask": jattn.BlockMask.from_expr(Causal(), 60, 60, 32, 32)}, "a multiple of 128"),
         ({"block_mask": Fn(lambda i, j, h: i >= TABLE[j % 2], key="table")}, "element: .* reads some"),

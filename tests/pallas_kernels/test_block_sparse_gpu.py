@@ -79,6 +79,10 @@ def test_symbolic_masks(mask, lengths, options):
     compare(mask, arrays(*lengths, 24, 16), **options)
 
 
+def test_dropout():
+    compare(Causal() & SlidingWindow(90), arrays(151, 151, 24, 16), dropout_rate=0.3, dropout_seed=2**32 - 5)
+
+
 @pytest.mark.parametrize("widths", [(16, 32), (136, 200)])
 def test_bfloat16(widths):
     """The loss too reads rounded outputs."""

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from jattn.dot_product import dot_product_attention, merge_attentions
 from jattn.masks import Causal, Fn, Full, SlidingWindow
-from jattn.softmax_tile import dropout_factors
 from jattn.sparse.block_mask import BlockMask
 from jattn.sparse.block_sparse import block_sparse_attention
+from pallas_kernels.block_sparse.dropout import factors as dropout_factors
 
 B, T, S, N, K, H, V = 2, 29, 37, 6, 3, 5, 7
 IMPLEMENTATIONS = ("reference", "xla")
