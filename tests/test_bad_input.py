@@ -27,6 +27,8 @@ MAPS = ("query_weight", "key_weight", "query_bias", "key_bias")
 ARRAYS = ("query", "key", "value", "bias", "kv_bias", "sinks", "beta", "log_decay", "slopes", "gamma", *MAPS)
 OPERANDS = ("query", "key", "value")
 UNSCALED = ("linear", "lightning")
+BY_WIDTH = ("kronecker",)
+"""Scaled by 1 / H."""
 
 
 def good(entry: catalog.Entry) -> dict[str, Any]:
@@ -89,7 +91,8 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
     if "beta" in inspect.signature(entry.load_op()).parameters:
         return overwritten(wide, x)
     groups = x["query"].shape[2] // x["key"].shape[2]
-    scale = 1.0 if entry.name in UNSCALED else x["query"].shape[3] ** -0.5
+    width = x["query"].shape[3]
+    scale = 1.0 if entry.name in UNSCALED else 1 / width if entry.name in BY_WIDTH else width**-0.5
     query, key, value = (np.moveaxis(wide[name], 2, 1) for name in OPERANDS)
     if "feature_map" in entry.features:
         query, key = (mapped(wide, name, array) for name, array in (("query", query), ("key", key)))
@@ -254,6 +257,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "dropout_rate": (*NUMBERS, 0.0, 0.5, 1.0),
     "dropout_seed": (*NUMBERS, 7, 2**32, np.int32(5)),
     "implementation": ("cuda", "", (), ("xla", "cuda"), ("reference",)),
+    "key_masks": (None, (), 3, (None,), (np.ones((B, T)),), (np.ones((B, T + 1), bool),), (np.ones((B, T), bool),)),
+    "windows": (None, (), 3, (0,), (3,), (3, 3)),
     "segment_ids": ((), (IDS,), (IDS, None), (IDS, IDS[:, 1:]), (IDS, IDS), [IDS] * 3),
 }  # fmt: skip
 
