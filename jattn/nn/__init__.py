@@ -4,6 +4,7 @@ from jattn.nn.block_sparse import BlockSparseMixer
 from jattn.nn.blocks import Block
 from jattn.nn.cross_entropy import chunked_cross_entropy
 from jattn.nn.delta import DeltaNetMixer, GatedDeltaNetMixer, KDAMixer
+from jattn.nn.dit_block import DiTBlock
 from jattn.nn.dsf import LinearTransformerMixer, NormalizedMixer, SoftmaxDSFMixer
 from jattn.nn.dsf_recurrent import RGLRU, LRUMixer, QLSTMMixer, ReversedQLSTMMixer, RGLRUMixer, S6Mixer, SSDMixer
 from jattn.nn.gated import HGRN2Mixer, RetNetMixer, SimpleGLAMixer
@@ -23,6 +24,7 @@ __all__ = [
     "Block",
     "BlockSparseMixer",
     "DeltaNetMixer",
+    "DiTBlock",
     "GatedDeltaNetMixer",
     "HGRN2Mixer",
     "HedgehogMixer",
