@@ -15,6 +15,7 @@ from jattn.dispatch import Implementation
 from jattn.masks import Full, Mask
 from jattn.softmax_tile import Score
 from jattn.sparse.block_mask import BlockMask
+from jattn.split_keys import attend_parts, parts_of
 from pallas_kernels.block_sparse import attention as kernel
 from pallas_kernels.block_sparse import lists as kernel_lists
 from pallas_kernels.block_sparse import tiling
@@ -27,6 +28,14 @@ def fused_attention(
     """Walks of a fused kernel over the lists, with the sizes of blocks that suit the chip."""
     x, on_gpu = operands, platform in kernel.GPU
     block_mask: Any = static_mask if lists is None else lists
+    parts = parts_of(x, block_mask, score.soft_cap, dropout_rate) if on_gpu else 1
+    if parts > 1:
+
+        def attend(x: Operands, kv_bias: Any, block_mask: BlockMask, score_mod: Any) -> tuple[Array, Array]:
+            options: Any = {"score": score, "score_mod": score_mod, "dropout_rate": dropout_rate}
+            return fused_attention(platform, x, kv_bias, None, static_mask=block_mask, **options)
+
+        return attend_parts(attend, parts, x, kv_bias, block_mask, score_mod)
     if isinstance(block_mask, Mask):
         block_mask = _gpu_blocks(block_mask, x) if on_gpu else _blocks(block_mask, x)
     if x.q_segments is not None and x.kv_segments is not None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import fused
+from jattn import fused, split_keys
+from jattn.blockwise import Operands
 from jattn.dispatch import Implementation
 from jattn.masks import Causal, Fn, Full, SlidingWindow
 from jattn.sparse import block_sparse
@@ -77,6 +78,24 @@ def compare(block_mask, arguments, *, ratio=1e-5, **options):
 )
 def test_symbolic_masks(mask, lengths, options):
     compare(mask, arrays(*lengths, 24, 16), **options)
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+@pytest.mark.parametrize("mask", [Full(), Causal(offset=3000) & SlidingWindow(1500), Causal(-7)], ids=repr)
+def test_a_few_queries_read_parts_of_many_keys(mask, q_len):
+    """With a score function that knows rows, heads and positions, sinks and biases of keys."""
+    arguments = arrays(q_len, 4096, 24, 16)
+    x = Operands(*arguments[:3])
+    assert split_keys.parts_of(x, mask, None, 0.0) == 8
+    assert split_keys.parts_of(x, mask, 5.0, 0.0) == split_keys.parts_of(x, mask, None, 0.1) == 1
+    assert split_keys.parts_of(x._replace(key=x.key[:, :4000]), mask, None, 0.0) == 1
+
+    def score_mod(score, b, h, q_pos, kv_pos, slopes, order):
+        return score - 0.001 * slopes[order[h]] * (kv_pos - q_pos) * (b + 1)
+
+    ids = np.repeat([[0, 1], [1, 1]], [1000, 3096], axis=1)
+    more = {"kv_bias": jnp.cos(jnp.arange(B * K * 4096.0)).reshape(B, K, 4096), "sinks": jnp.linspace(-1, 1, N)}
+    compare(mask, arguments, score_mod=score_mod, segment_ids=(np.ones((B, q_len), int), ids), **more)
 
 
 def test_dropout():
