@@ -100,17 +100,17 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionConfig:
-    """A start from the weights of another run, whose softmax layers become Hedgehog's."""
+    """A start from the weights of another run, whose softmax layers become Hedgehog's or SEA's."""
 
     source: str | None = None
     """The folder of that run; None starts from random weights."""
     steps: int = 200
-    """Batches from which the feature maps learn the attention of the softmax layers, before the run itself begins; a
-    schedule by seconds counts that time too."""
+    """Batches from which what is new, Hedgehog's feature maps or SEA's estimator, learns the attention of the softmax
+    layers, before the run itself begins; a schedule by seconds counts that time too."""
     learning_rate: float = 0.01
-    """Of Adam for the maps; it falls to 0 along a cosine."""
+    """Of Adam for what is new; it falls to 0 along a cosine."""
     xent_factor: float = 1.0
-    """Of the cross-entropy between the weights of softmax and the maps' (the paper)."""
+    """Of the cross-entropy between the weights of softmax and Hedgehog's (the paper)."""
     mse_factor: float = 0.0
     """Of the squared error between the outputs of their heads (LoLCATs: 1000, and 0 for the other)."""
 

@@ -1,10 +1,10 @@
-"""A run that begins with another run's softmax language model, made linear (Zhang et al. 2024, section 4.2).
+"""A run that begins with another run's softmax language model, whose attention becomes another (`TARGETS`).
 
-    L(maps) = mean over softmax layers l of attention_distillation_loss(q_l, k_l, v_l; maps_l)
+    L(new) = mean over softmax layers l of the new layer's distillation_loss(q_l, k_l, v_l; new_l)
 
-q_l, k_l and v_l are the softmax model's, whose layers run as they are: what a layer reads does not depend on the maps
-before it, so all layers learn side by side and each by itself. Everything but the maps is copied. From there the run
-goes on as any other, and trains all weights.
+q_l, k_l and v_l are the softmax model's, whose layers run as they are: what a layer reads does not depend on what is
+new in those before it, so all layers learn side by side and each by itself (Zhang et al. 2024, section 4.2). Everything
+that is not new is copied. From there the run goes on as any other, and trains all weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from train.signals import Stop
 from train.step import Batch, Program, TrainState, make_program, mesh_layout, resolve_precision
 from train.workdir import CHECKPOINTS, write_json
 
-MAPS = ("query_map", "key_map")
+# The mixers that softmax can become, and the weights that only they have.
+TARGETS = {"hedgehog": r".*/mixer/(query|key)_map", "sea": r".*/mixer/estimator/.*"}
 # What is converted is compared by itself; the other two change how numbers are computed, and not what they mean.
 FREE = ("pattern", "mixer_options", "dtype", "remat")
 # What a mixer is told by fields of the model.
@@ -66,7 +68,7 @@ def converted(
     weights = _transplanted(state.parameters, teacher)
     weights, losses = _distil(config, program, teacher_program, teacher, weights, data, stop)
     if losses is None:
-        say("stopped while the maps learnt; the same command begins anew")
+        say("stopped while the new weights learnt; the same command begins anew")
         return None
     rows = config.data.batch // config.data.accumulate
     held_out = loaded.evaluation[HELD_OUT]
@@ -111,10 +113,13 @@ def _distil(
     data: TrainData,
     stop: Stop,
 ) -> tuple[Any, list[float] | None]:
-    """`weights` with maps that have learnt, and the loss of every batch; `None` for these when it was stopped."""
+    """`weights` with new ones that have learnt, and the loss of every batch; `None` for these when it was stopped."""
     conversion = config.conversion
     optimizer = optax.adam(optax.cosine_decay_schedule(conversion.learning_rate, max(conversion.steps, 1)))
+    target = _target(config.model)
     factors = {"xent_factor": conversion.xent_factor, "mse_factor": conversion.mse_factor}
+    if target != "hedgehog":  # whose paper fixes its own
+        factors = {}
     layout = mesh_layout(make_mesh(config.mesh))
 
     def loss(maps: dict[str, Array], weights: Any, teacher: Any, batch: Batch) -> Array:
@@ -132,7 +137,7 @@ def _distil(
         value = jnp.where(jnp.isfinite(optax.tree.norm(maps)), value, jnp.nan)
         return maps, moments, (value, jnp.max(request))
 
-    maps = {name: x for name, x in _named(weights).items() if name.endswith(MAPS)}
+    maps = {name: x for name, x in _named(weights).items() if re.fullmatch(TARGETS[target], name)}
     moments = optimizer.init(maps)
     losses: list[float] = []
     with data.iterator() as batches:
@@ -146,8 +151,8 @@ def _distil(
             losses.append(float(value))
             if not math.isfinite(losses[-1]):
                 raise UserError(
-                    f"conversion: the maps or their loss were not finite at batch {len(losses)}; lower "
-                    f"conversion.learning_rate, or choose another activation of the maps"
+                    f"conversion: the new weights or their loss were not finite at batch {len(losses)}; lower "
+                    f"conversion.learning_rate, or choose another activation of Hedgehog's maps"
                 )
     return _with_maps(weights, maps), losses
 
@@ -182,14 +187,20 @@ def check_source(config: RunConfig) -> None:
         )
     wanted = {field.name: getattr(teacher, field.name) for field in dataclasses.fields(teacher)}
     wanted = {name: value for name, value in wanted.items() if name not in FREE}
-    wanted["pattern"] = tuple("hedgehog" if name == "softmax" else name for name in teacher.pattern)
+    target = _target(student)
+    wanted["pattern"] = tuple(target if name == "softmax" else name for name in teacher.pattern)
     flags = [_flag(name, value) for name, value in wanted.items() if getattr(student, name) != value]
     if flags:
         raise UserError(f"conversion.source: {source} is another model; add {' '.join(flags)}")
-    before, now = _mixers(teacher, "softmax"), _mixers(student, "hedgehog")
+    before, now = _mixers(teacher, "softmax"), _mixers(student, target)
     if before != now:
         raise UserError(f"model.mixer-options: expected {before}, as {source} has them, got {now}")
     _check_tokenizer(source, own.data.tokenizer, config.data.tokenizer)
+
+
+def _target(model: LMConfig) -> str:
+    """What softmax becomes: the first of `TARGETS` that the model has."""
+    return next((name for name in model.pattern if name in TARGETS), next(iter(TARGETS)))
 
 
 def _flag(name: str, value: Any) -> str:
@@ -200,7 +211,7 @@ def _flag(name: str, value: Any) -> str:
 
 
 def _mixers(model: LMConfig, rotary: str) -> dict[str, dict[str, Any]]:
-    """Options of the mixers; of `rotary`, softmax in the one model and Hedgehog in the other, those that both have."""
+    """Options of the mixers; of `rotary`, softmax in one model and its target in the other, those that both have."""
     options = {name: dict(own) for name, own in model.mixer_options.items()}
     given = options.pop(rotary, {})
     parameters = inspect.signature(RotaryBlock.__init__).parameters

@@ -238,7 +238,9 @@ class LM(nnx.Module):
         checks.check_count("batch", batch)
         checks.check_count("capacity", capacity)
         dtype = jnp.dtype(self.config.dtype) if dtype is None else dtype
-        one = tuple(block.mixer.init_state(batch, capacity, dtype) for block in self.units.blocks)
+        graph, parameters = nnx.split(self.units)
+        unit = nnx.merge(graph, jax.tree.map(lambda x: x[0], parameters))  # some states have sizes of weights
+        one = tuple(block.mixer.init_state(batch, capacity, dtype) for block in unit.blocks)
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_units, *x.shape)), one)
         return LMState(stacked, jnp.zeros((batch,), jnp.int32))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -120,11 +121,14 @@ class SEAMixer(RotaryBlock):
         return init_sea_state(self.params(), batch, capacity, num_kv_heads=self.projections.num_kv_heads, dtype=dtype)
 
     def flops(self, batch: int, length: int) -> float:
-        p, weights, tokens = self.projections, self.params(), batch * length
-        features, head_dim = weights.projection.shape
-        channels, width = weights.cnn.first.kernel.shape[-1], weights.rows.bias.shape[0] // 2
+        # By their last axes: in a model the layers are stacked, and of one that is only described there are no arrays.
+        weights: Any = self.estimator
+        p, tokens = self.projections, batch * length
+        features, head_dim = weights.projection.shape[-2:]
+        channels, width = weights.cnn.first.kernel.shape[-1], weights.rows.bias.shape[-1] // 2
         performer = features * ((p.num_heads + p.num_kv_heads) * head_dim + 2 * p.num_heads * (head_dim + p.value_dim))
-        by_head = weights.encoder.kernel.size + weights.rows.kernel.size + weights.gates.kernel.size
+        layers = (weights.encoder, weights.rows, weights.gates)
+        by_head = sum(math.prod(layer.kernel.shape[-2:]) for layer in layers)
         convolutions = width * (2 * 9 * channels**2 + channels * p.num_heads)
         sparse = p.num_heads * min(self.k_budget, length) * (head_dim + p.value_dim)
         return p.flops(tokens) + 2.0 * tokens * (performer + p.num_heads * by_head + convolutions + sparse)

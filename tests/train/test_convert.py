@@ -106,6 +106,20 @@ def test_everything_but_the_maps_is_copied_and_the_run_begins_there(linear, soft
     assert all(not np.array_equal(x, last[name]) for name, x in first.items())
 
 
+def test_softmax_becomes_sea(text, softmax, tmp_path):
+    options = "--model.mixer-options.sea.predictor-length 16 --model.mixer-options.sea.k-budget 8"
+    words = f"sea_convert {MODEL} {DATA} {text} {options} --conversion.source {softmax}"
+    assert train(tmp_path / "d", words, "--conversion.steps 40 --schedule.steps 2") == 0
+    found, teacher, first = record(tmp_path / "d"), weights(softmax, 150), weights(tmp_path / "d", 0)
+    assert np.mean(found["losses"][-10:]) < 0.9 * np.mean(found["losses"][:5])
+    assert all("/mixer/estimator/" in name for name in first.keys() - teacher.keys())
+    for name, x in teacher.items():
+        np.testing.assert_array_equal(first[name], x, err_msg=name)
+    # A budget of all keys is softmax attention, so what is lost is lost by choosing few.
+    before, after = (found["held_out"][name]["bits_per_byte"] for name in ("softmax", "converted"))
+    assert before < after < before + 1
+
+
 def test_a_run_that_was_cut_off_goes_on_without_another_conversion(linear, words, tmp_path, monkeypatch):
     workdir = tmp_path / "d"
     with monkeypatch.context() as cut:
@@ -134,7 +148,7 @@ def test_a_signal_while_the_maps_learn_ends_the_run_and_it_begins_anew(words, tm
         signalled.setattr(convert, "place", place)
         assert train(workdir, words, LEARNING) == 0
     assert len(placed) == 4
-    assert "stopped while the maps learnt; the same command begins anew" in capsys.readouterr().out
+    assert "stopped while the new weights learnt; the same command begins anew" in capsys.readouterr().out
     assert sealed(workdir) == []
 
     def again(*_):
@@ -148,7 +162,7 @@ def test_a_signal_while_the_maps_learn_ends_the_run_and_it_begins_anew(words, tm
 
 def test_a_loss_that_is_not_finite_ends_the_run(words, tmp_path, capsys):
     assert train(tmp_path / "d", words, "--conversion.steps 9 --conversion.learning-rate inf --schedule.steps 1") == 2
-    assert "conversion: the maps or their loss were not finite at batch 1; lower" in capsys.readouterr().err
+    assert "conversion: the new weights or their loss were not finite at batch 1; lower" in capsys.readouterr().err
 
 
 def test_the_loss_of_a_model_is_the_mean_over_its_layers():
