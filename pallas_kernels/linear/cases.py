@@ -10,7 +10,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
-from pallas_kernels.linear import Call, additive, channel_gpu, delta, delta_gpu, normalized, programs
+from pallas_kernels.linear import (
+    Call,
+    additive,
+    channel_delta_gpu,
+    channel_gpu,
+    delta,
+    delta_gpu,
+    normalized,
+    programs,
+)
 from pallas_kernels.linear.tiling import choose
 
 BATCH, LENGTH, HEADS, WIDTH = 1, 8192, 8, 128
@@ -82,13 +91,18 @@ def _gpu() -> dict[str, Case]:
         "scalar": (GPU_BATCH, LENGTH, GPU_HEADS, GPU_HEADS, WIDTH, WIDTH, jnp.bfloat16),
         "ragged": (2, 1000, 4, 2, 80, 48, jnp.float32),
     }
-    sizes |= {"channel": sizes["scalar"], "channel-ragged": sizes["ragged"]}
-    sizes |= {"delta": sizes["scalar"], "delta-ragged": sizes["ragged"]}
+    for name in ("channel", "delta", "channel-delta"):
+        sizes |= {name: sizes["scalar"], f"{name}-ragged": sizes["ragged"]}
+    cuts: dict[tuple[bool, bool], Any] = {
+        (False, False): programs,
+        (True, False): channel_gpu,
+        (False, True): delta_gpu,
+        (True, True): channel_delta_gpu,
+    }
     for name, (batch, length, heads, kv_heads, width, value_width, dtype) in sizes.items():
-        of_channels, is_delta = name.startswith("channel"), name.startswith("delta")
+        of_channels, is_delta = "channel" in name, "delta" in name
         entry: Any = delta if is_delta else additive
-        cut: Any = channel_gpu if of_channels else delta_gpu if is_delta else programs
-        call = Call(1.0, dtype, "gpu", cut.choose(dtype))
+        call = Call(1.0, dtype, "gpu", cuts[of_channels, is_delta].choose(dtype))
         query = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
         out = jax.ShapeDtypeStruct((batch, length, heads, value_width), dtype)
         key = jax.ShapeDtypeStruct((batch, length, kv_heads, width), dtype)

@@ -3,12 +3,8 @@
     S' = exp(b_C) S + (k * exp(b_C - b))^T v             o  = scale (A v + (q * exp b) S)
     dS = exp(b_C) dS' + scale (q * exp b)^T do           dS' is the gradient of the state after a chunk
 
-A[r, j] = sum_h q[r, h] k[j, h] exp(b[r, h] - b[j, h]) is made by halves of halves of a chunk, as in `channel_tpu`:
-where r lies in the second half of a block of 2 s rows and j in its first, with m the row where the second begins,
-
-    A[r, j] = (q * d)[r] . (k * d)[j]                    d = exp(-|b - b_m|)
-
-and s = C / 2, C / 4, .., 1 are all pairs but the diagonal. With p = scale do v^T of the pairs of a level,
+A[r, j] = sum_h q[r, h] k[j, h] exp(b[r, h] - b[j, h]) is made as `levels` says. With the decays d of a level and
+p = scale do v^T of its pairs,
 
     dq = sum (p (k * d)) * d + scale exp(b) * (do S^T)             over levels, and p k for the diagonal
     dk = sum (p^T (q * d)) * d + exp(b_C - b) * (v dS'^T)
@@ -22,7 +18,6 @@ Gradients of channels of keys are made tile by tile for the same reason.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.linear import gates, programs
+from pallas_kernels.linear import gates, levels, programs
 from pallas_kernels.linear.programs import Blocks, Problem
 from pallas_kernels.linear.walk import shape
 
@@ -40,78 +35,9 @@ def choose(dtype: Any) -> Blocks:
     return Blocks() if dtype == jnp.bfloat16 else Blocks(value_tile=64, warps=(8, 8, 8), stages=1)
 
 
-def _tile(p: Problem) -> int:
-    """Key channels that a program works on at a time: as many bytes of them for either dtype."""
-    return min(p.blocks.tile * 2 // p.dtype.itemsize, p.wide)
-
-
-def _narrow(p: Problem) -> int:
-    """The same for gradients, which with twice as many would need every register that there is."""
-    return max(16, _tile(p) // 2)
-
-
-def _sums_of(p: Problem, ref: Any, chunk: Any, first: Any, size: int, rows: Any = None) -> list[jax.Array]:
-    """The parts of b of a chunk, `size` channels from `first` on, for every row or for those of its `rows`."""
-    start, square, mask = chunk * p.blocks.chunk, (p.blocks.chunk, size), None
-    columns = jnp.broadcast_to((first + jnp.arange(size))[None], square)
-    if p.width % size:
-        mask = columns < p.width
-    place: Any = pl.ds(start, p.blocks.chunk)
-    channel: Any = pl.ds(first, size)
-    if rows is not None:
-        place, channel = jnp.broadcast_to((start + rows)[:, None], square), columns
-    at = [ref.at[jnp.int32(i), place, jnp.int32(0), channel] for i in range(gates.parts(p.dtype))]
-    return [plgpu.load(x, mask=mask, other=None if mask is None else 0) for x in at]
-
-
-def _last_of(p: Problem, ref: Any, chunk: Any, first: Any, size: int) -> list[jax.Array]:
-    mask = first + jnp.arange(size) < p.width if p.width % size else None
-    place = (chunk + 1) * p.blocks.chunk - 1
-    at = [ref.at[jnp.int32(i), place, jnp.int32(0), pl.ds(first, size)] for i in range(gates.parts(p.dtype))]
-    return [plgpu.load(x, mask=mask, other=None if mask is None else 0) for x in at]
-
-
-def _exp_of(p: Problem, parts: Sequence[jax.Array]) -> jax.Array:
-    return gates.exponential(p.dtype)(programs.total(parts))
-
-
-def _until_end(p: Problem, sums: Sequence[jax.Array], last: Sequence[jax.Array]) -> jax.Array:
-    """exp(b_C - b)."""
-    return _exp_of(p, [z[None] - x for x, z in zip(sums, last, strict=True)])
-
-
-def _level(
-    p: Problem, ref: Any, chunk: Any, first: Any, sums: Sequence[jax.Array], i: Any
-) -> tuple[jax.Array, jax.Array]:
-    """For s = C / 2, C / 4, ..: d of all rows, and which rows meet which columns."""
-    place, halvings = jnp.arange(p.blocks.chunk), _levels(p) - 1 - i
-    half = place >> halvings
-    middle = _sums_of(p, ref, chunk, first, sums[0].shape[1], rows=(half | 1) << halvings)
-    since = programs.total(x - m for x, m in zip(sums, middle, strict=True))
-    # Comparing one number of a row with one of a column leaves no square of integers in registers.
-    pairs = jnp.where(half & 1 == 1, half, -1)[:, None] == (half + 1)[None, :]
-    return gates.exponential(p.dtype)(-jnp.abs(since)), pairs
-
-
-def _levels(p: Problem) -> int:
-    return p.blocks.chunk.bit_length() - 1
-
-
-def _diagonal(p: Problem) -> jax.Array:
-    place = jnp.arange(p.blocks.chunk)
-    return place[:, None] == place[None, :]
-
-
 def _sums_kernel(p: Problem, gate_ref: Any, sums_ref: Any) -> None:
-    chunk, size = pl.program_id(0), _tile(p)
-    first = pl.program_id(2) * size
-    gate = jnp.maximum(programs.rows(p, gate_ref, chunk, first, size, p.width), gates.FORGET)
-    mask = None
-    if p.width % size:
-        mask = jnp.broadcast_to((first + jnp.arange(size) < p.width)[None], gate.shape)
-    for i, part in enumerate(gates.split(gate, p.dtype)):
-        where = jnp.int32(i), pl.ds(chunk * p.blocks.chunk, p.blocks.chunk), jnp.int32(0), pl.ds(first, size)
-        plgpu.store(sums_ref.at[where], jnp.cumsum(part, axis=0), mask=mask)
+    size = levels.tile(p)
+    levels.summed(p, gate_ref, sums_ref, pl.program_id(0), pl.program_id(2) * size, size)
 
 
 def _states_kernel(p: Problem, backward: bool, *refs: Any) -> None:
@@ -127,9 +53,9 @@ def _states_kernel(p: Problem, backward: bool, *refs: Any) -> None:
     def turn(i: Any, state: jax.Array) -> jax.Array:
         chunk = p.chunks - 1 - i if backward else i
         plgpu.store(states_ref.at[(chunk, *tile.at)], state.astype(states_ref.dtype), mask=tile.mask)
-        sums, last = _sums_of(p, sums_ref, chunk, row, t), _last_of(p, sums_ref, chunk, row, t)
-        weight = p.scale * _exp_of(p, sums) if backward else _until_end(p, sums, last)
-        state = _exp_of(p, last)[:, None] * state
+        sums, last = levels.sums_of(p, sums_ref, chunk, row, t), levels.last_of(p, sums_ref, chunk, row, t)
+        weight = p.scale * levels.exp_of(p, sums) if backward else levels.until_end(p, sums, last)
+        state = levels.exp_of(p, last)[:, None] * state
         for n in range(group):
             a = programs.rows(p, a_ref, chunk, row, t, p.width, head=n)
             b = programs.rows(p, b_ref, chunk, column, t, p.value_width, head=n)
@@ -142,23 +68,7 @@ def _states_kernel(p: Problem, backward: bool, *refs: Any) -> None:
 
 
 def _scores_kernel(p: Problem, q_ref: Any, k_ref: Any, sums_ref: Any, scores_ref: Any) -> None:
-    chunk, size, t = pl.program_id(0), p.blocks.chunk, _tile(p)
-
-    def tile(i: Any, scores: jax.Array) -> jax.Array:
-        q = programs.rows(p, q_ref, chunk, i * t, t, p.width)
-        k = programs.rows(p, k_ref, chunk, i * t, t, p.width)
-        own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1)
-        scores += jnp.where(_diagonal(p), own[:, None], 0)
-        sums = _sums_of(p, sums_ref, chunk, i * t, t)
-
-        def turn(level: Any, scores: jax.Array) -> jax.Array:
-            decay, pairs = _level(p, sums_ref, chunk, i * t, sums, level)
-            late, early = (q * decay).astype(q.dtype), (k * decay).astype(k.dtype)
-            return scores + jnp.where(pairs, programs.dot(p, late, early, (1, 1)), 0)
-
-        return jax.lax.fori_loop(0, _levels(p), turn, scores)
-
-    scores = jax.lax.fori_loop(0, -(-p.width // t), tile, jnp.zeros((size, size), jnp.float32))
+    (scores,) = levels.scores(p, q_ref, k_ref, sums_ref, pl.program_id(0))
     scores_ref[...] = scores.astype(scores_ref.dtype)
 
 
@@ -166,12 +76,12 @@ def _outputs_kernel(p: Problem, *refs: Any) -> None:
     q_ref, v_ref, sums_ref, scores_ref, states_ref, o_ref = refs
     chunk, size = pl.program_id(0), min(p.blocks.value_tile, p.value_wide)
     column = pl.program_id(2) * size
-    t, v = _tile(p), programs.rows(p, v_ref, chunk, column, size, p.value_width)
+    t, v = levels.tile(p), programs.rows(p, v_ref, chunk, column, size, p.value_width)
 
     def tile(i: Any, out: jax.Array) -> jax.Array:
         q = programs.rows(p, q_ref, chunk, i * t, t, p.width)
-        read = (q * _exp_of(p, _sums_of(p, sums_ref, chunk, i * t, t))).astype(q.dtype)
-        return out + programs.dot(p, read, _state_tile(p, states_ref, i * t, t, column, size))
+        read = (q * levels.exp_of(p, levels.sums_of(p, sums_ref, chunk, i * t, t))).astype(q.dtype)
+        return out + programs.dot(p, read, levels.state_tile(p, states_ref, i * t, t, column, size))
 
     out = jax.lax.fori_loop(0, -(-p.width // t), tile, programs.dot(p, scores_ref[...], v))
     programs.store_rows(p, o_ref, chunk, column, p.value_width, p.scale * out)
@@ -182,35 +92,31 @@ def _value_gradients_kernel(p: Problem, *refs: Any) -> None:
     k_ref, do_ref, sums_ref, scores_ref, after_ref, dv_ref = refs
     chunk, size = pl.program_id(0), min(p.blocks.value_tile, p.value_wide)
     column = pl.program_id(2) * size
-    t, first = _tile(p), _first(p)
+    t, first = levels.tile(p), levels.first_of_group(p)
     do = programs.rows(p, do_ref, chunk, column, size, p.value_width)
 
     def tile(i: Any, dv: jax.Array) -> jax.Array:
         k = programs.rows(p, k_ref, chunk, i * t, t, p.width)
-        sums, last = _sums_of(p, sums_ref, chunk, i * t, t), _last_of(p, sums_ref, chunk, i * t, t)
-        written = (first * k * _until_end(p, sums, last)).astype(k.dtype)
-        return dv + programs.dot(p, written, _state_tile(p, after_ref, i * t, t, column, size))
+        sums, last = levels.sums_of(p, sums_ref, chunk, i * t, t), levels.last_of(p, sums_ref, chunk, i * t, t)
+        written = (first * k * levels.until_end(p, sums, last)).astype(k.dtype)
+        return dv + programs.dot(p, written, levels.state_tile(p, after_ref, i * t, t, column, size))
 
     direct = p.scale * programs.dot(p, scores_ref[...], do, (0, 0))
     dv = jax.lax.fori_loop(0, -(-p.width // t), tile, direct)
     programs.store_rows(p, dv_ref, chunk, column, p.value_width, dv)
 
 
-def _first(p: Problem) -> jax.Array:
-    return (pl.program_id(1) % p.group == 0).astype(jnp.float32)
-
-
 def _gradients_kernel(p: Problem, *refs: Any) -> None:
     """Of a tile of the key channels of one chunk and query head; what they get through the state as for values."""
     q_ref, k_ref, v_ref, do_ref, sums_ref, states_ref, after_ref, dq_ref, dk_ref, dg_ref = refs
-    chunk, size, t = pl.program_id(0), p.blocks.chunk, _narrow(p)
+    chunk, size, t = pl.program_id(0), p.blocks.chunk, levels.narrow(p)
     row, wide = pl.program_id(2) * t, min(p.blocks.tile, p.value_wide)
 
     def through(i: Any, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         weights, dq, dk, kept = found
         v = programs.rows(p, v_ref, chunk, i * wide, wide, p.value_width)
         do = programs.rows(p, do_ref, chunk, i * wide, wide, p.value_width)
-        before, after = (_state_tile(p, ref, row, t, i * wide, wide) for ref in (states_ref, after_ref))
+        before, after = (levels.state_tile(p, ref, row, t, i * wide, wide) for ref in (states_ref, after_ref))
         return (
             weights + programs.dot(p, do, v, (1, 1)),
             dq + programs.dot(p, do, before, (1, 1)),
@@ -222,55 +128,33 @@ def _gradients_kernel(p: Problem, *refs: Any) -> None:
     weights, dq, dk, kept = jax.lax.fori_loop(0, p.value_wide // wide, through, zeros)
     q = programs.rows(p, q_ref, chunk, row, t, p.width)
     k = programs.rows(p, k_ref, chunk, row, t, p.width)
-    sums, last = _sums_of(p, sums_ref, chunk, row, t), _last_of(p, sums_ref, chunk, row, t)
+    sums, last = levels.sums_of(p, sums_ref, chunk, row, t), levels.last_of(p, sums_ref, chunk, row, t)
     weights *= p.scale
-    dq *= p.scale * _exp_of(p, sums)
-    dk *= _first(p) * _until_end(p, sums, last)
-    at_end = _first(p) * _exp_of(p, last) * kept + jnp.sum(k * dk, axis=0)
-    own = jnp.sum(jnp.where(_diagonal(p), weights, 0), axis=1)[:, None]
+    dq *= p.scale * levels.exp_of(p, sums)
+    dk *= levels.first_of_group(p) * levels.until_end(p, sums, last)
+    at_end = levels.first_of_group(p) * levels.exp_of(p, last) * kept + jnp.sum(k * dk, axis=0)
+    own = jnp.sum(jnp.where(levels.diagonal(p), weights, 0), axis=1)[:, None]
     dq += own * k
     dk += own * q
 
     def turn(level: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dq, dk = found
-        decay, pairs = _level(p, sums_ref, chunk, row, sums, level)
+        decay, pairs = levels.level(p, sums_ref, chunk, row, sums, level)
         weight = jnp.where(pairs, weights, 0).astype(q.dtype)
         dq += decay * programs.dot(p, weight, (k * decay).astype(k.dtype))
         dk += decay * programs.dot(p, weight, (q * decay).astype(q.dtype), (0, 0))
         return dq, dk
 
-    dq, dk = jax.lax.fori_loop(0, _levels(p), turn, (dq, dk))
+    dq, dk = jax.lax.fori_loop(0, levels.count(p), turn, (dq, dk))
     programs.store_rows(p, dq_ref, chunk, row, p.width, dq)
     programs.store_rows(p, dk_ref, chunk, row, p.width, dk)
-    programs.store_rows(p, dg_ref, chunk, row, p.width, at_end[None] + _sum_to_end(p, q * dq - k * dk))
-
-
-def _state_tile(p: Problem, ref: Any, row: Any, rows: int, column: Any, columns: int) -> jax.Array:
-    where, mask = (pl.ds(row, rows), pl.ds(column, columns)), None
-    if p.width % rows or p.value_width % columns:
-        mask = (row + jnp.arange(rows) < p.width)[:, None] & (column + jnp.arange(columns) < p.value_width)[None]
-    return plgpu.load(ref.at[where], mask=mask, other=None if mask is None else 0)
-
-
-def _sum_to_end(p: Problem, x: jax.Array) -> jax.Array:
-    """Of every row and those after it, by products: of bfloat16 for the upper and the lower half of the bits."""
-    place = jnp.arange(p.blocks.chunk)
-    after = (place[:, None] <= place[None, :]).astype(p.dtype)
-    high = x.astype(p.dtype)
-    out = programs.dot(p, after, high)
-    if p.dtype != jnp.float32:
-        out += programs.dot(p, after, (x - high.astype(jnp.float32)).astype(p.dtype))
-    return out
+    programs.store_rows(p, dg_ref, chunk, row, p.width, at_end[None] + levels.sum_to_end(p, q * dq - k * dk))
 
 
 def _sums(p: Problem, log_decay: jax.Array) -> jax.Array:
     """The parts of b, `[B, parts, padded, K, H]`; gates after the last token are 0."""
-    t, parts = _tile(p), gates.parts(p.dtype)
-    wide = -(-p.width // t) * t
-
-    def head(i: Any, j: Any, *_: Any) -> Any:
-        return j // p.heads, 0, j % p.heads, 0
-
+    t, parts = levels.tile(p), gates.parts(p.dtype)
+    wide = levels.up_to(p.width, t)
     return programs.call(
         p,
         functools.partial(_sums_kernel, p),
@@ -278,20 +162,10 @@ def _sums(p: Problem, log_decay: jax.Array) -> jax.Array:
         (p.chunks, p.batch * p.heads, wide // t),
         p.blocks.warps[1],
         parts * log_decay.size,
-        in_specs=[pl.BlockSpec((None, p.padded, 1, wide), head)],
-        out_specs=_sums_spec(p, wide, axis=1),
-        out_shape=shape((p.batch, parts, p.padded, p.heads, p.width), jnp.float32, log_decay),
+        in_specs=[programs.state_heads(p, wide, axis=1)],
+        out_specs=levels.sums_spec(p, wide, axis=1),
+        out_shape=shape(levels.sums_shape(p), jnp.float32, log_decay),
     )(log_decay)
-
-
-def _sums_spec(p: Problem, wide: int, *, grouped: int = 1, axis: int) -> pl.BlockSpec:
-    """Of the key head of a program, as `programs.sums_spec`."""
-
-    def index(*at: Any) -> Any:
-        head = at[axis] // grouped
-        return head // p.heads, 0, 0, head % p.heads, 0
-
-    return pl.BlockSpec((None, gates.parts(p.dtype), p.padded, 1, wide), index)
 
 
 def _states(
@@ -303,18 +177,13 @@ def _states(
         p,
         kernel,
         name,
-        _sums_spec(p, -(-p.width // p.blocks.tile) * p.blocks.tile, axis=0),
+        levels.sums_spec(p, levels.up_to(p.width, p.blocks.tile), axis=0),
         a,
         b,
         sums,
         begin,
         group=p.group if backward else 1,
     )
-
-
-def _scores_spec(p: Problem) -> pl.BlockSpec:
-    queries, size = p.heads * p.group, p.blocks.chunk
-    return pl.BlockSpec((None, None, size, size), lambda i, j, *_: (j // queries, j % queries, i, 0))
 
 
 def _scores(p: Problem, query: jax.Array, key: jax.Array, sums: jax.Array) -> jax.Array:
@@ -326,9 +195,9 @@ def _scores(p: Problem, query: jax.Array, key: jax.Array, sums: jax.Array) -> ja
         "channel_linear_attention_scores",
         (p.chunks, p.batch * queries),
         p.blocks.warps[1],
-        2 * p.batch * queries * p.padded * size * p.width * _levels(p),
-        in_specs=[tokens(p.wide), tokens(p.wide, shared=p.group), _sums_spec(p, p.wide, grouped=p.group, axis=1)],
-        out_specs=_scores_spec(p),
+        2 * p.batch * queries * p.padded * size * p.width * levels.count(p),
+        in_specs=[tokens(p.wide), tokens(p.wide, shared=p.group), levels.sums_spec(p, p.wide, grouped=p.group, axis=1)],
+        out_specs=levels.scores_spec(p),
         out_shape=shape((p.batch, queries, p.padded, size), p.dtype, query),
     )(query, key, sums)
 
@@ -347,7 +216,7 @@ def forward(
     sums = _sums(p, log_decay)
     states, end = _states(p, key, value, sums, state)
     size, queries = min(p.blocks.value_tile, p.value_wide), p.heads * p.group
-    values, tokens = -(-p.value_width // size) * size, programs.query_heads(p)
+    values, tokens = levels.up_to(p.value_width, size), programs.query_heads(p)
     out = programs.call(
         p,
         functools.partial(_outputs_kernel, p),
@@ -358,8 +227,8 @@ def forward(
         in_specs=[
             tokens(p.wide),
             tokens(values, shared=p.group),
-            _sums_spec(p, p.wide, grouped=p.group, axis=1),
-            _scores_spec(p),
+            levels.sums_spec(p, p.wide, grouped=p.group, axis=1),
+            levels.scores_spec(p),
             programs.chunk_state_spec(p, values),
         ],
         out_specs=tokens(values),
@@ -385,8 +254,8 @@ def backward(
     queries, tokens = p.heads * p.group, programs.query_heads(p)
     by_query = (p.batch, p.length, queries)
     partial = jnp.float32 if p.group > 1 else p.dtype
-    size, t = min(p.blocks.value_tile, p.value_wide), _narrow(p)
-    values, wide = -(-p.value_width // size) * size, -(-p.width // t) * t
+    size, t = min(p.blocks.value_tile, p.value_wide), levels.narrow(p)
+    values, wide = levels.up_to(p.value_width, size), levels.up_to(p.width, t)
     dv = programs.call(
         p,
         functools.partial(_value_gradients_kernel, p),
@@ -397,14 +266,16 @@ def backward(
         in_specs=[
             tokens(p.wide, shared=p.group),
             tokens(values),
-            _sums_spec(p, p.wide, grouped=p.group, axis=1),
-            _scores_spec(p),
+            levels.sums_spec(p, p.wide, grouped=p.group, axis=1),
+            levels.scores_spec(p),
             programs.chunk_state_spec(p, values),
         ],
         out_specs=tokens(values),
         out_shape=shape((*by_query, p.value_width), partial, query),
     )(key, out_gradient, sums, _scores(p, query, key, sums), after)
-    per_token = p.blocks.chunk * (2 * _levels(p) * p.width + wide // t * p.value_width) + 2 * p.width * p.value_width
+    per_token = (
+        p.blocks.chunk * (2 * levels.count(p) * p.width + wide // t * p.value_width) + 2 * p.width * p.value_width
+    )
     dq, dk, dg = programs.call(
         p,
         functools.partial(_gradients_kernel, p),
@@ -417,7 +288,7 @@ def backward(
             tokens(wide, shared=p.group),
             tokens(p.value_wide, shared=p.group),
             tokens(p.value_wide),
-            _sums_spec(p, wide, grouped=p.group, axis=1),
+            levels.sums_spec(p, wide, grouped=p.group, axis=1),
             *[programs.chunk_state_spec(p, p.value_wide)] * 2,
         ],
         out_specs=[tokens(wide)] * 3,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear import channel_delta_tpu, delta_gpu, delta_tpu, gates, programs, tiling
+from pallas_kernels.linear import channel_delta_gpu, channel_delta_tpu, delta_gpu, delta_tpu, gates, programs, tiling
 from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
 from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
@@ -45,7 +45,7 @@ def delta_rule(
       query, key, value: bfloat16 or float32; query head n reads state `n // (N // Kv)`, or states are more than the
         query and key heads, and state h has head `h // (Kv // K)`.
       beta: float32.
-      log_decay: float32, at most 0; one for each state, for each token and state, or on TPU for each channel of those.
+      log_decay: float32, at most 0; one for each state, for each token and state, or for each channel of those.
       segment_ids: sequences packed one after another; the state before the first token belongs to the first of them.
       state: float32.
       platform: "tpu" or "gpu"; "interpret" and "interpret_gpu" run their kernels step by step anywhere.
@@ -60,8 +60,9 @@ def delta_rule(
     states, value_width = value.shape[2:]
     cut: Any = blocks
     if platform in GPU:
-        cut = blocks or delta_gpu.choose(query.dtype)
-        log_decay = given_gates(jnp.broadcast_to(log_decay, beta.shape), segment_ids)
+        cut = blocks or _gpu_kernels(log_decay).choose(query.dtype)
+        per_token = log_decay if log_decay.ndim == 4 else jnp.broadcast_to(log_decay, beta.shape)
+        log_decay = given_gates(per_token, segment_ids)
     else:
         shared = states // key.shape[2]
         sizes = (batch, length, states, max(heads // states, 1), width, value_width, query.dtype)
@@ -75,8 +76,6 @@ def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platfor
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel multiplies bfloat16 and float32, not {query.dtype}")
-    if log_decay.ndim == 4 and platform in GPU:
-        raise NotImplementedError("the kernel has decays for each head or token on GPU, not for each channel")
     if query.shape[2] != key.shape[2] != value.shape[2]:
         raise NotImplementedError("the kernel shares a state among queries or a key among states, not both")
     if platform in GPU:
@@ -133,8 +132,14 @@ def _tpu_beta(p: Problem, beta: Array) -> Array:
     return _beta_array(beta, p.padded).reshape(p.batch, -1, p.tiling.heads, p.padded)
 
 
+def _gpu_kernels(log_decay: Array) -> Any:
+    return channel_delta_gpu if log_decay.ndim == 4 else delta_gpu
+
+
 def _gpu_rows(p: programs.Problem, beta: Array, log_decay: Array) -> tuple[Array, Array]:
-    return gates.sums(log_decay, p.blocks.chunk, p.padded, 1, p.dtype), _beta_array(beta, p.padded)
+    """The sums of gates, or gates of channels as they are, and beta."""
+    sums = log_decay if log_decay.ndim == 4 else gates.sums(log_decay, p.blocks.chunk, p.padded, 1, p.dtype)
+    return sums, _beta_array(beta, p.padded)
 
 
 def _run(call: Call, keep: bool, *operands: Array) -> Any:
@@ -142,10 +147,11 @@ def _run(call: Call, keep: bool, *operands: Array) -> Any:
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
         rows = _gpu_rows(gpu, beta, log_decay)
-        return delta_gpu.forward(gpu, query, key, value, *rows, state, out_dtype=call.out_dtype), state
+        options: dict[str, Any] = {"out_dtype": call.out_dtype}
+        return _gpu_kernels(log_decay).forward(gpu, query, key, value, *rows, state, **options), state
     p = _problem(call, query, key, value, log_decay)
     heads = (flat(query), flat(key), flat(value))
-    options: dict[str, Any] = {"keep": keep, "out_dtype": call.out_dtype}
+    options = {"keep": keep, "out_dtype": call.out_dtype}
     betas = _tpu_beta(p, beta)
     if log_decay.ndim == 4:
         out, end, starts = channel_delta_tpu.forward(p, *heads, flat(log_decay), betas, state, **options)
@@ -175,7 +181,7 @@ def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> 
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
         rows_and_ends = (*_gpu_rows(gpu, beta, log_decay), starts, out_gradient, end_gradient)
-        dq, dk, dv, dstate, sums, dbeta = delta_gpu.backward(gpu, query, key, value, *rows_and_ends)
+        dq, dk, dv, dstate, sums, dbeta = _gpu_kernels(log_decay).backward(gpu, query, key, value, *rows_and_ends)
     else:
         p = _problem(call, query, key, value, log_decay)
         heads, ends = (flat(query), flat(key), flat(value)), (starts, flat(out_gradient), end_gradient)
@@ -187,7 +193,9 @@ def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> 
                 p, *heads, gate_arrays(p, log_decay), betas, *ends, with_gates=wanted is not None
             )
     dgates = jnp.zeros_like(log_decay)
-    if log_decay.ndim == 4:
+    if log_decay.ndim == 4 and call.platform in GPU:
+        dgates = sums  # already those of the gates
+    elif log_decay.ndim == 4:
         dgates = gates.of_channel_sums(sums.reshape(log_decay.shape), log_decay, call.tiling.chunk)
     elif wanted is not None:
         dgates = gates.of_sums(sums, log_decay, beta.shape[1], call.tiling.chunk)

@@ -44,13 +44,13 @@ def choose(dtype: Any) -> Blocks:
     return Blocks() if dtype == jnp.bfloat16 else Blocks(tile=32, value_tile=64, warps=(8, 8, 8), stages=1)
 
 
-def _columns(p: Problem) -> int:
+def columns(p: Problem) -> int:
     """Of the state that one program walks with: fewer where processors would be left without one."""
     size = min(p.blocks.tile, p.value_wide)
     return 32 if size > 32 and p.batch * p.heads * p.value_width < PROCESSORS * size else size
 
 
-def _betas(p: Problem, ref: Any, chunk: Any) -> tuple[jax.Array, jax.Array]:
+def betas(p: Problem, ref: Any, chunk: Any) -> tuple[jax.Array, jax.Array]:
     """beta of a chunk as a column and as a row."""
     beta = ref[pl.ds(chunk * p.blocks.chunk, p.blocks.chunk)]
     return beta[:, None], beta[None, :]
@@ -70,12 +70,25 @@ def _write(p: Problem, whole: list[jax.Array], last: list[jax.Array]) -> jax.Arr
     return gates.exponential(p.dtype)(programs.total(z - x for x, z in zip(whole, last, strict=True)))[:, None]
 
 
+def solved(p: Problem, g: jax.Array, beta: jax.Array) -> jax.Array:
+    """W of G, with beta as a row."""
+    row, column = _place(p)
+
+    def joined(level: Any, w: jax.Array) -> jax.Array:
+        half, before = row >> level, column >> level
+        link = jnp.where(jnp.where(half % 2 == 1, half, 0) == before + 1, g, 0)
+        change = link - programs.dot(p, (link * beta).astype(p.dtype), w.astype(p.dtype))
+        return w + change - programs.dot(p, (w * beta).astype(p.dtype), change.astype(p.dtype))
+
+    return jax.lax.fori_loop(0, p.blocks.chunk.bit_length() - 1, joined, jnp.zeros_like(g))
+
+
 def _systems_kernel(p: Problem, backward: bool, *refs: Any) -> None:
     """W of one chunk and state; backward the part a^T do of du too, which waits for no state."""
     k_ref, sums_ref, beta_ref, *rest = refs
     chunk = pl.program_id(0)
     whole, _ = programs.sums_of(p, sums_ref, chunk)
-    (_, beta), pair = _betas(p, beta_ref, chunk), programs.pair(p, whole)
+    (_, beta), pair = betas(p, beta_ref, chunk), programs.pair(p, whole)
     k = programs.rows(p, k_ref, chunk, 0, p.wide, p.width)
     row, column = _place(p)
     g = jnp.where(row > column, programs.dot(p, k, k, (1, 1)) * pair, 0)
@@ -92,18 +105,10 @@ def _systems_kernel(p: Problem, backward: bool, *refs: Any) -> None:
         programs.store_rows(p, du_ref, chunk, 0, p.value_width, du)
     else:
         (w_ref,) = rest
-
-    def joined(level: Any, solved: jax.Array) -> jax.Array:
-        half, before = row >> level, column >> level
-        link = jnp.where(jnp.where(half % 2 == 1, half, 0) == before + 1, g, 0)
-        change = link - programs.dot(p, (link * beta).astype(p.dtype), solved.astype(p.dtype))
-        return solved + change - programs.dot(p, (solved * beta).astype(p.dtype), change.astype(p.dtype))
-
-    solved = jax.lax.fori_loop(0, p.blocks.chunk.bit_length() - 1, joined, jnp.zeros_like(g))
-    w_ref[...] = solved.astype(w_ref.dtype)
+    w_ref[...] = solved(p, g, beta).astype(w_ref.dtype)
 
 
-def _store_state(p: Problem, ref: Any, column: Any, state: jax.Array, *chunk: Any) -> None:
+def store_state(p: Problem, ref: Any, column: Any, state: jax.Array, *chunk: Any) -> None:
     size, mask = state.shape[1], None
     if p.width < p.wide or p.value_width % size:
         mask = (jnp.arange(p.wide) < p.width)[:, None] & (column + jnp.arange(size) < p.value_width)[None]
@@ -113,14 +118,14 @@ def _store_state(p: Problem, ref: Any, column: Any, state: jax.Array, *chunk: An
 def _states_kernel(p: Problem, *refs: Any) -> None:
     """Columns of all states of a head, each before its chunk, and of e."""
     k_ref, v_ref, sums_ref, beta_ref, w_ref, begin_ref, states_ref, e_ref, end_ref = refs
-    size, exp = _columns(p), gates.exponential(p.dtype)
+    size, exp = columns(p), gates.exponential(p.dtype)
     column = pl.program_id(1) * size
 
     def turn(chunk: Any, state: jax.Array) -> jax.Array:
         entered = state.astype(p.dtype)
-        _store_state(p, states_ref, column, entered, chunk)
+        store_state(p, states_ref, column, entered, chunk)
         whole, last = programs.sums_of(p, sums_ref, chunk)
-        beta, _ = _betas(p, beta_ref, chunk)
+        beta, _ = betas(p, beta_ref, chunk)
         k = programs.rows(p, k_ref, chunk, 0, p.wide, p.width)
         v = programs.rows(p, v_ref, chunk, column, size, p.value_width)
         rest = v - _read(p, whole) * programs.dot(p, k, entered)
@@ -130,7 +135,7 @@ def _states_kernel(p: Problem, *refs: Any) -> None:
         return exp(programs.total(last)) * state + programs.dot(p, k, written, (0, 0))
 
     state = jax.lax.fori_loop(0, p.chunks, turn, programs.state_of(p, begin_ref, column, size))
-    _store_state(p, end_ref, column, state)
+    store_state(p, end_ref, column, state)
 
 
 def _outputs_kernel(p: Problem, *refs: Any) -> None:
@@ -138,7 +143,7 @@ def _outputs_kernel(p: Problem, *refs: Any) -> None:
     chunk, size = pl.program_id(0), min(p.blocks.value_tile, p.value_wide)
     column = pl.program_id(2) * size
     whole, _ = programs.sums_of(p, sums_ref, chunk)
-    read, pair = p.scale * _read(p, whole), p.scale * programs.pair(p, whole) * _betas(p, beta_ref, chunk)[1]
+    read, pair = p.scale * _read(p, whole), p.scale * programs.pair(p, whole) * betas(p, beta_ref, chunk)[1]
     k = programs.rows(p, k_ref, chunk, 0, p.wide, p.width)
     e = programs.rows(p, e_ref, chunk, column, size, p.value_width)
     state = programs.state_of(p, states_ref, column, size)
@@ -154,15 +159,15 @@ def _outputs_kernel(p: Problem, *refs: Any) -> None:
 def _state_gradients_kernel(p: Problem, *refs: Any) -> None:
     """Columns of the gradients of all states of a head, each after its chunk, and of dy."""
     q_ref, k_ref, do_ref, du_ref, sums_ref, beta_ref, w_ref, begin_ref, after_ref, dy_ref, end_ref = refs
-    size, exp = _columns(p), gates.exponential(p.dtype)
+    size, exp = columns(p), gates.exponential(p.dtype)
     column = pl.program_id(1) * size
 
     def turn(i: Any, gradient: jax.Array) -> jax.Array:
         chunk = p.chunks - 1 - i
         left = gradient.astype(p.dtype)
-        _store_state(p, after_ref, column, left, chunk)
+        store_state(p, after_ref, column, left, chunk)
         whole, last = programs.sums_of(p, sums_ref, chunk)
-        (beta, _), read = _betas(p, beta_ref, chunk), _read(p, whole)
+        (beta, _), read = betas(p, beta_ref, chunk), _read(p, whole)
         k = programs.rows(p, k_ref, chunk, 0, p.wide, p.width)
         du = programs.rows(p, du_ref, chunk, column, size, p.value_width)
         du += _write(p, whole, last) * programs.dot(p, k, left)
@@ -177,7 +182,7 @@ def _state_gradients_kernel(p: Problem, *refs: Any) -> None:
         return gradient
 
     gradient = jax.lax.fori_loop(0, p.chunks, turn, programs.state_of(p, begin_ref, column, size))
-    _store_state(p, end_ref, column, gradient)
+    store_state(p, end_ref, column, gradient)
 
 
 def _gradients_kernel(p: Problem, *refs: Any) -> None:
@@ -186,7 +191,7 @@ def _gradients_kernel(p: Problem, *refs: Any) -> None:
     dq_ref, dk_ref, dv_ref, db_ref, dbeta_ref = outs
     chunk, exp, t = pl.program_id(0), gates.exponential(p.dtype), min(p.blocks.tile, p.value_wide)
     whole, last = programs.sums_of(p, sums_ref, chunk)
-    beta, along = _betas(p, beta_ref, chunk)
+    beta, along = betas(p, beta_ref, chunk)
     read, pair = _read(p, whole), programs.pair(p, whole) * along
     square, wide = ((p.blocks.chunk, n) for n in (p.blocks.chunk, p.wide))
     here = pl.ds(chunk * p.blocks.chunk, p.blocks.chunk)
@@ -239,27 +244,9 @@ def _gradients_kernel(p: Problem, *refs: Any) -> None:
     programs.store_rows(p, dk_ref, chunk, 0, p.width, dk)
 
 
-def _heads(p: Problem, width: int, *, count: int = 1, shared: int = 1, axis: int) -> pl.BlockSpec:
-    """All tokens of the `count` heads of a program's state, which with batch is on `axis` of the grid."""
-    block = (None, p.padded, count, width)
-    return pl.BlockSpec(block, lambda *at: (at[axis] // p.heads, 0, at[axis] % p.heads // shared, 0))
-
-
-def _per_state(p: Problem, *block: int, axis: int) -> pl.BlockSpec:
-    """Of arrays `[B, K, *block]`."""
-    zeros = (0,) * len(block)
-    return pl.BlockSpec((None, None, *block), lambda *at: (at[axis] // p.heads, at[axis] % p.heads, *zeros))
-
-
-def _per_chunk(p: Problem, *block: int) -> pl.BlockSpec:
-    """Of arrays `[B, K, chunks, *block]`, for a grid (chunk, batch and state, ...)."""
-    zeros = (0,) * len(block)
-    return pl.BlockSpec((None, None, None, *block), lambda i, j, *_: (j // p.heads, j % p.heads, i, *zeros))
-
-
-def _solved(p: Problem, key: jax.Array, sums: jax.Array, beta: jax.Array, *backward: jax.Array) -> list[jax.Array]:
+def _systems(p: Problem, key: jax.Array, sums: jax.Array, beta: jax.Array, *backward: jax.Array) -> list[jax.Array]:
     """W `[B, K, chunks, C, C]`; also du `[B, T, K, V]` as far as it is a^T do, given the query and do."""
-    c, count, heads = p.blocks.chunk, p.batch * p.heads, functools.partial(_heads, p, axis=1)
+    c, count, heads = p.blocks.chunk, p.batch * p.heads, functools.partial(programs.state_heads, p, axis=1)
     systems = shape((p.batch, p.heads, p.chunks, c, c), p.dtype, key)
     values = shape((p.batch, p.length, p.heads, p.value_width), p.dtype, key)
     per_token = c * p.width + 2 * c**2 * (c.bit_length() - 2)
@@ -275,39 +262,46 @@ def _solved(p: Problem, key: jax.Array, sums: jax.Array, beta: jax.Array, *backw
         in_specs=[
             heads(p.wide, shared=p.shared),
             programs.sums_spec(p, axis=1),
-            _per_state(p, p.padded, axis=1),
+            programs.per_state(p, p.padded, axis=1),
             *(queries if backward else []),
         ],
-        out_specs=[_per_chunk(p, c, c), *([heads(p.value_wide)] if backward else [])],
+        out_specs=[programs.per_chunk(p, c, c), *([heads(p.value_wide)] if backward else [])],
         out_shape=[systems, *([values] if backward else [])],
     )(key, sums, beta, *backward)
 
 
-def _walk(p: Problem, kernel: Any, name: str, products: int, arrays: dict[str, jax.Array]) -> list[jax.Array]:
+def walk(
+    p: Problem, kernel: Any, name: str, products: int, arrays: dict[str, jax.Array], sums_spec: pl.BlockSpec
+) -> list[jax.Array]:
     """States or gradients of them `[B, K, chunks, H, V]`, what chunks write `[B, T, K, V]`, and the last state.
 
     Args:
       arrays: in the order of the kernel's operands.
+      sums_spec: of a program whose batch and state are on axis 0.
     """
     c, state = p.blocks.chunk, (p.width, p.value_width)
-    heads, of = functools.partial(_heads, p, axis=0), functools.partial(_per_state, p, axis=0)
+    heads, of = functools.partial(programs.state_heads, p, axis=0), functools.partial(programs.per_state, p, axis=0)
     whole = of(p.wide, p.value_wide)
     specs = {
         "query": heads(p.wide, count=p.group, shared=p.shared),
         "key": heads(p.wide, shared=p.shared),
+        # Those of every state, however many share a head.
+        "state queries": heads(p.wide, count=p.group),
+        "read keys": heads(p.wide),
+        "written keys": heads(p.wide),
         "value": heads(p.value_wide),
         "out": heads(p.value_wide, count=p.group),
-        "sums": programs.sums_spec(p, axis=0),
+        "sums": sums_spec,
         "beta": of(p.padded),
         "systems": of(p.chunks, c, c),
         "state": whole,
     }
-    like = arrays["key"]
+    like = arrays["value"]
     return programs.call(
         p,
         functools.partial(kernel, p),
         name,
-        (p.batch * p.heads, -(-p.value_width // _columns(p))),
+        (p.batch * p.heads, -(-p.value_width // columns(p))),
         p.blocks.warps[0],
         2 * p.batch * p.heads * p.padded * p.value_width * (products * p.width + c),
         in_specs=[specs[name] for name in arrays],
@@ -330,7 +324,7 @@ def _states(
     state: jax.Array,
 ) -> list[jax.Array]:
     arrays = {"key": key, "value": value, "sums": sums, "beta": beta, "systems": systems, "state": state}
-    return _walk(p, _states_kernel, "delta_rule_states", 2, arrays)
+    return walk(p, _states_kernel, "delta_rule_states", 2, arrays, programs.sums_spec(p, axis=0))
 
 
 def forward(
@@ -345,9 +339,10 @@ def forward(
     out_dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, O, V]`, O the larger of query heads and states, and the state after the last token."""
-    (systems,) = _solved(p, key, sums, beta)
+    (systems,) = _systems(p, key, sums, beta)
     states, errors, end = _states(p, key, value, sums, beta, systems, state)
-    size, count, heads = min(p.blocks.value_tile, p.value_wide), p.batch * p.heads, functools.partial(_heads, p, axis=1)
+    size, count = min(p.blocks.value_tile, p.value_wide), p.batch * p.heads
+    heads = functools.partial(programs.state_heads, p, axis=1)
     per_token = p.blocks.chunk * (p.width + p.value_width) + p.width * p.value_width
     out = programs.call(
         p,
@@ -361,8 +356,8 @@ def forward(
             heads(p.wide, shared=p.shared),
             heads(p.value_wide),
             programs.sums_spec(p, axis=1),
-            _per_state(p, p.padded, axis=1),
-            _per_chunk(p, p.wide, p.value_wide),
+            programs.per_state(p, p.padded, axis=1),
+            programs.per_chunk(p, p.wide, p.value_wide),
         ],
         out_specs=heads(p.value_wide, count=p.group),
         out_shape=shape((p.batch, p.length, p.heads * p.group, p.value_width), out_dtype, query),
@@ -382,19 +377,21 @@ def backward(
     end_gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key, value, the initial state, the sums b and beta, the last two `[B, K, padded]`."""
-    systems, du = _solved(p, key, sums, beta, query, out_gradient)
+    systems, du = _systems(p, key, sums, beta, query, out_gradient)
     states, errors, _ = _states(p, key, value, sums, beta, systems, state)
     arrays = {"query": query, "key": key, "out": out_gradient, "value": du}
     arrays |= {"sums": sums, "beta": beta, "systems": systems, "state": end_gradient}
-    after, dy, dstate = _walk(p, _state_gradients_kernel, "delta_rule_state_gradients", 2 + p.group, arrays)
-    count, heads = p.batch * p.heads, functools.partial(_heads, p, axis=1)
+    name, sums_spec = "delta_rule_state_gradients", programs.sums_spec(p, axis=0)
+    after, dy, dstate = walk(p, _state_gradients_kernel, name, 2 + p.group, arrays, sums_spec)
+    count, heads = p.batch * p.heads, functools.partial(programs.state_heads, p, axis=1)
     # States that share a key and a query head each have their own part of its gradient.
     partial = jnp.float32 if p.shared > 1 else p.dtype
     by_state = (p.batch, p.length, p.heads)
     per_token = (3 + 3 * p.group) * p.blocks.chunk * p.width + (1 + p.group) * p.blocks.chunk * p.value_width
     per_token += (2 + p.group) * p.width * p.value_width
     query_spec, key_spec = heads(p.wide, count=p.group, shared=p.shared), heads(p.wide, shared=p.shared)
-    values, rows, state_spec = heads(p.value_wide), _per_state(p, p.padded, axis=1), _per_chunk(p, p.wide, p.value_wide)
+    values, rows = heads(p.value_wide), programs.per_state(p, p.padded, axis=1)
+    state_spec = programs.per_chunk(p, p.wide, p.value_wide)
     dq, dk, dv, db, dbeta = programs.call(
         p,
         functools.partial(_gradients_kernel, p),

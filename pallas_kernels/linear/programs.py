@@ -105,9 +105,15 @@ def rows(p: Problem, ref: Any, chunk: Any, first: Any, size: int, width: int, *,
     return ref[where] if mask is None else plgpu.load(ref.at[where], mask=mask, other=0)
 
 
-def store_rows(p: Problem, ref: Any, chunk: Any, first: Any, width: int, x: jax.Array, *, head: int = 0) -> None:
+def store_rows(
+    p: Problem, ref: Any, chunk: Any, first: Any, width: int, x: jax.Array, *, head: int = 0, only: Any = None
+) -> None:
+    """Of a chunk, from channel `first` on; `only` where it is true, if given."""
     where = pl.ds(chunk * p.blocks.chunk, p.blocks.chunk), jnp.int32(head), pl.ds(first, x.shape[1])
-    plgpu.store(ref.at[where], x.astype(ref.dtype), mask=_mask(p, chunk, first, x.shape[1], width))
+    mask = _mask(p, chunk, first, x.shape[1], width)
+    if only is not None:
+        mask = jnp.broadcast_to(only, x.shape) if mask is None else mask & only
+    plgpu.store(ref.at[where], x.astype(ref.dtype), mask=mask)
 
 
 def _mask(p: Problem, chunk: Any, first: Any, size: int, width: int) -> jax.Array | None:
@@ -198,14 +204,37 @@ def sums_spec(p: Problem, *, grouped: int = 1, axis: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, gates.parts(p.dtype), p.padded), index)
 
 
-def chunk_state_spec(p: Problem, values: int) -> pl.BlockSpec:
-    """The state of a program's chunk, for the key head that its query head reads."""
+def state_heads(p: Problem, width: int, *, count: int = 1, shared: int = 1, axis: int) -> pl.BlockSpec:
+    """All tokens of the `count` heads of a program's state, which with batch is on `axis` of the grid."""
+    block = (None, p.padded, count, width)
+    return pl.BlockSpec(block, lambda *at: (at[axis] // p.heads, 0, at[axis] % p.heads // shared, 0))
+
+
+def per_state(p: Problem, *block: int, grouped: int = 1, axis: int) -> pl.BlockSpec:
+    """Of arrays `[B, K, *block]`; what is on `axis` of the grid as for `sums_spec`."""
+    zeros = (0,) * len(block)
+
+    def index(*at: Any) -> Any:
+        head = at[axis] // grouped
+        return head // p.heads, head % p.heads, *zeros
+
+    return pl.BlockSpec((None, None, *block), index)
+
+
+def per_chunk(p: Problem, *block: int, grouped: int = 1) -> pl.BlockSpec:
+    """Of arrays `[B, K, chunks, *block]`, for a grid (chunk, batch and state, or query head of `grouped`, ...)."""
+    zeros = (0,) * len(block)
 
     def index(i: Any, j: Any, *_: Any) -> Any:
-        head = j // p.group
-        return head // p.heads, head % p.heads, i, 0, 0
+        head = j // grouped
+        return head // p.heads, head % p.heads, i, *zeros
 
-    return pl.BlockSpec((None, None, None, p.wide, values), index)
+    return pl.BlockSpec((None, None, None, *block), index)
+
+
+def chunk_state_spec(p: Problem, values: int) -> pl.BlockSpec:
+    """The state of a program's chunk, for the key head that its query head reads."""
+    return per_chunk(p, p.wide, values, grouped=p.group)
 
 
 def states(

@@ -9,7 +9,7 @@ from jattn import explain
 from jattn.linear.arguments import LinearState
 from jattn.linear.delta_rule import delta_rule as op
 from jattn.linear.delta_rule import token_scan
-from pallas_kernels.linear import delta, delta_gpu, delta_rule, solve, tiling
+from pallas_kernels.linear import channel_delta_gpu, delta, delta_gpu, delta_rule, solve, tiling
 from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 
@@ -49,11 +49,14 @@ def gradients_of(function, arguments, cotangents):
 
 
 def reference(arguments, cotangents, segment_ids=None):
+    """The recurrence in float64."""
+
     def definition(query, key, value, beta, gate, state):
         options = {"scale": 0.7, "chunk_size": None, "out_dtype": query.dtype}
         return token_scan(query, key, value, beta, gate, segment_ids, state, **options)
 
-    return gradients_of(definition, arguments, cotangents)
+    with jax.enable_x64(True):
+        return gradients_of(definition, *jax.tree.map(lambda x: x.astype(jnp.float64), (arguments, cotangents)))
 
 
 def errors(arguments, cotangents, segment_ids=None, blocks=None):
@@ -65,7 +68,7 @@ def errors(arguments, cotangents, segment_ids=None, blocks=None):
         return delta_rule(query, key, value, beta, *gates, scale=0.7, platform=platform, blocks=blocks)
 
     got = gradients_of(fused, arguments, cotangents)
-    want = reference(*jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, cotangents)), segment_ids)
+    want = reference(arguments, cotangents, segment_ids)
     return {name: np.sqrt(np.mean((got[name] - want[name]) ** 2) / np.mean(want[name] ** 2)) for name in NAMES}
 
 
@@ -93,27 +96,42 @@ def test_values_and_gradients_are_the_definition(sizes, constant, on_gpu):
         ((1, 53, 6, 3, 3, 5, 19), Tiling(16, 2, 3, 1)),
         ((2, 37, 2, 2, 4, 7, 5), Tiling(16, 2, 2, 1)),
         ((1, 150, 1, 1, 1, 16, 8), None),
+        ((2, 37, 3, 3, 3, 7, 5), ON_GPU),
+        ((1, 53, 6, 3, 3, 5, 19), ON_GPU),
+        ((2, 37, 2, 2, 4, 37, 5), ON_GPU),
+        ((1, 32, 2, 2, 2, 32, 16), ON_GPU),
     ],
-    ids=("ragged", "grouped", "more values than keys", "chosen"),
+    ids=(
+        *("ragged", "grouped", "more values than keys", "chosen"),
+        *("gpu, ragged", "gpu, grouped", "gpu, more values than keys", "gpu, whole tiles"),
+    ),
 )
 def test_gates_of_channels(sizes, blocks):
     for name, error in errors(*operands(sizes, channel=True), blocks=blocks).items():
         assert error < 1e-5, name
 
 
-def test_gates_of_channels_in_segments_and_strong():
+@each_kernel
+def test_gates_of_channels_in_segments_and_strong(blocks):
     ids = jnp.repeat(jnp.asarray([3, 4, 9]), jnp.asarray([5, 19, 13]), total_repeat_length=37)[None]
     arguments, cotangents = operands((1, 37, 2, 2, 2, 7, 5), channel=True)
     strong = jax.random.bernoulli(jax.random.key(1), 0.5, arguments[4].shape)
     gate = jnp.where(strong, -20.0, arguments[4] * 1e-2)
-    for name, error in errors((*arguments[:4], gate, arguments[5]), cotangents, segment_ids=ids, blocks=SMALL).items():
+    for name, error in errors((*arguments[:4], gate, arguments[5]), cotangents, segment_ids=ids, blocks=blocks).items():
         assert error < 1e-5, name
 
 
-def test_gates_of_channels_with_bfloat16():
-    found = errors(*operands((1, 61, 2, 2, 2, 32, 32), channel=True, dtype=jnp.bfloat16), blocks=Tiling(32, 2, 2, 1))
+@pytest.mark.parametrize("blocks", [Tiling(32, 2, 2, 1), channel_delta_gpu.choose(jnp.bfloat16)], ids=["tpu", "gpu"])
+def test_gates_of_channels_with_bfloat16(blocks):
+    found = errors(*operands((1, 61, 2, 2, 2, 32, 32), channel=True, dtype=jnp.bfloat16), blocks=blocks)
     for name, error in found.items():
         assert error < (1e-2 if name in ("gate", "beta") else 5e-3), name
+
+
+def test_gates_of_channels_on_gpu_with_the_chosen_cut_and_keys_that_are_nearly_alike():
+    arguments = operands((1, 131, 1, 1, 1, 16, 8), channel=True, alike=0.8, decay=0.01)
+    for name, error in errors(*arguments, blocks=channel_delta_gpu.choose(jnp.float32)).items():
+        assert error < 1e-5, name
 
 
 @each_chosen_cut
@@ -160,8 +178,9 @@ def test_bfloat16_operands(blocks):
         assert error < (1e-2 if name in ("gate", "beta") else 5e-3), name
 
 
-def test_what_a_gpu_keeps_for_the_backward_pass_is_the_arguments():
-    arguments, _ = operands((1, 150, 2, 2, 2, 16, 8))
+@pytest.mark.parametrize("channel", [False, True])
+def test_what_a_gpu_keeps_for_the_backward_pass_is_the_arguments(channel):
+    arguments, _ = operands((1, 150, 2, 2, 2, 16, 8), channel=channel)
 
     def kept(*arguments):
         def fused(query, key, value, beta, gate, state):
@@ -193,7 +212,7 @@ def test_the_op_chooses_the_kernel_of_a_platform():
     (decision,) = explain(op, query, key, value)
     assert decision.chosen == {"cpu": "xla", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
     (decision,) = explain(op, query, key, value, log_decay=jnp.zeros((*value.shape[:3], query.shape[-1])))
-    assert decision.chosen == {"cpu": "xla", "tpu": "pallas_tpu", "cuda": "xla"}
+    assert decision.chosen == {"cpu": "xla", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
 def test_the_op_on_the_kernel():
@@ -217,7 +236,6 @@ def test_the_inverse_of_a_triangle(chunk):
     ("change", "message"),
     [
         ({"query": np.float16}, "bfloat16 and float32, not float16"),
-        ({"gates": (1, 8, 1, 4), "platform": "gpu"}, "not for each channel"),
         ({"heads": (4, 1, 2)}, "shares a state among queries or a key among states, not both"),
         ({"width": 4096}, "does not fit the kernel's 64 MiB; heads of 1024 x 1024 do"),
         ({"width": 256, "platform": "gpu"}, "at most 128 channels in float32, not 256 and 256"),
