@@ -211,7 +211,6 @@ ZEROS = np.zeros((B, T, K, H), np.float32)
     [
         (dot_product_attention, "^return_lse: only the output", NotImplementedError, {"return_lse": True}),
         (linear_attention, "^return_state: only the output", NotImplementedError, {"return_state": True}),
-        (dot_product_attention, "^sinks: arrays are split", NotImplementedError, {"sinks": np.zeros(N, np.float32)}),
         (dot_product_attention, "^bias: arrays", NotImplementedError, {"bias": np.zeros((1, 1, T, T), np.float32)}),
         (dot_product_attention, "^mask: arrays", NotImplementedError, {"mask": np.ones((1, 1, T, T), bool)}),
         (linear_attention, "^initial_state: with context", NotImplementedError, {"initial_state": (ZEROS[:, 0], None)}),
