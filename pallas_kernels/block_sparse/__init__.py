@@ -3,6 +3,7 @@
 from pallas_kernels.block_sparse.attention import Platform, block_sparse_attention
 from pallas_kernels.block_sparse.lists import BlockLists, WorkList
 from pallas_kernels.block_sparse.tiling import Blocks, Program, Tile, Tiling, choose, choose_blocks
+from pallas_kernels.block_sparse.windows import Windows
 
 __all__ = [
     "BlockLists",
@@ -11,6 +12,7 @@ __all__ = [
     "Program",
     "Tile",
     "Tiling",
+    "Windows",
     "WorkList",
     "block_sparse_attention",
     "choose",

@@ -4,7 +4,8 @@
     lse_t = log(sum_s exp(z_ts) + exp(sink))                o_t = sum_s exp(z_ts - lse_t) v_s
 
 over the keys s that query t may attend to: their pair of blocks is listed, and in a partial block (kind 1) the element
-rule holds and segments are equal. A query that may attend to nothing gives 0 and -inf (with a sink: 0 and the sink).
+rule holds, segments are equal and the key is in the query's window. A query that may attend to nothing gives 0 and
+-inf (with a sink: 0 and the sink).
 
     out, lse = block_sparse_attention(q, k, v, by_row, by_col, element=mask.elem, scale=0.1, block_q=512, block_kv=1024)
 
@@ -22,8 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse import backward_gpu, backward_tpu, forward_gpu, forward_tpu, gpu, lists, scores, tiling
+from pallas_kernels.block_sparse.marks import LEAST_SCALE, choose_marks, marked_keys
 from pallas_kernels.block_sparse.tiling import LANES, Blocks, Tiling
 from pallas_kernels.block_sparse.walk import Problem
+from pallas_kernels.block_sparse.windows import Windows, check_windows, whole_windows
 from pallas_kernels.linear.call import alike, zeros_for_symbols
 
 Platform = Literal["tpu", "gpu", "interpret", "interpret_gpu"]
@@ -50,6 +53,7 @@ class Operands(NamedTuple):
     captured: tuple[Array, ...]
     q_segments: Array | None
     kv_segments: Array | None
+    windows: Windows | None
     by_row: Any
     by_col: Any
 
@@ -57,7 +61,8 @@ class Operands(NamedTuple):
         """What both walks read."""
         names = ("query", "key", "value", "kv_bias", "sinks", "seed", "q_segments", "kv_segments")
         captured = {f"captured{i}": x for i, x in enumerate(self.captured)}
-        return {**{name: getattr(self, name) for name in names}, **captured}
+        windows = dict.fromkeys(Windows._fields) if self.windows is None else self.windows._asdict()
+        return {**{name: getattr(self, name) for name in names}, **windows, **captured}
 
 
 def block_sparse_attention(
@@ -72,6 +77,7 @@ def block_sparse_attention(
     captured: Sequence[Array] = (),
     q_segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
+    windows: Windows | None = None,
     sinks: Float[Array, " N"] | None = None,
     kv_bias: Float[Array, "B K S"] | None = None,
     scale: float,
@@ -94,6 +100,7 @@ def block_sparse_attention(
       score_mod: f above, `score_mod(y, b, h, q_pos, kv_pos, *captured)`, on a tile of float32.
       captured: arrays that it reads by scalar indices, such as `slopes[h]`. They have gradients.
       q_segment_ids, kv_segment_ids: only equal ids attend to each other. A full block promises that they are equal.
+      windows: `windows.Windows` of G groups: batch row b has those of b mod G, and may have lists of its group.
       sinks: one logit for each query head that takes part in the softmax and has no value.
       dropout_rate, dropout_seed: probabilities are multiplied by `dropout.factors`, after lse was taken of all of them.
       block_q, block_kv: of the lists; multiples of 128, on GPU of 16.
@@ -113,12 +120,15 @@ def block_sparse_attention(
     cut = cut or choose(*sizes, block_q=block_q, block_kv=block_kv)
     if (cut.block_q, cut.block_kv) != blocks:
         raise ValueError(f"cut: expected blocks of {block_q} x {block_kv}, got {cut.block_q} x {cut.block_kv}")
+    if windows is not None:
+        check_windows(windows, batch=batch, q_len=q_len, kv_len=kv_len)
+    groups = 1 if windows is None else windows.low.shape[0]
     for name, steps, which in (("by_row", by_row, 0), ("by_col", by_col, 1)):
         if steps is None:
             continue
-        known = {"batch": batch, "heads": heads, "kv_heads": kv_heads}
+        known: Any = {"rows_of_lists": {1, groups, batch}, "heads": heads, "kv_heads": kv_heads}
         if platform in GPU:
-            lists.check_blocks(name, steps, **known, rows=-(-(q_len, kv_len)[which] // blocks[which]))
+            lists.check_blocks(name, steps, **known, blocks=-(-(q_len, kv_len)[which] // blocks[which]))
         else:
             lists.check(name, steps, **known, lengths=(q_len, kv_len), blocks=blocks)
     if by_col is not None and by_col[0].shape[:2] != by_row[0].shape[:2]:
@@ -138,6 +148,8 @@ def block_sparse_attention(
         "captured": tuple(x.shape for x in captured),
         "dropout_rate": dropout_rate,
         "dtype": query.dtype,
+        "axes": 0 if windows is None else len(windows.place),
+        "groups": groups,
     }
     operands = Operands(
         query=query,
@@ -149,6 +161,7 @@ def block_sparse_attention(
         captured=tuple(x.reshape(-1).astype(_scalar_dtype(x)) for x in captured),
         q_segments=None if q_segment_ids is None else q_segment_ids.astype(jnp.int32),
         kv_segments=None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
+        windows=None if windows is None else whole_windows(windows),
         by_row=by_row,
         by_col=by_col,
     )
@@ -157,8 +170,12 @@ def block_sparse_attention(
         p: Any = gpu.Problem(width=width, value_width=value_width, blocks=cut, interpret=interpret, **fixed)
         operands = operands._replace(by_row=lists.whole(by_row), by_col=None if by_col is None else lists.whole(by_col))
     else:
+        marks = None
+        penalties_last = score_mod is None and soft_cap is None and (scale > LEAST_SCALE or query.dtype == jnp.float32)
+        if windows is not None and penalties_last:
+            marks = choose_marks(windows.place, block_kv, width, may_widen=cut.split)
         p = Problem(
-            width=_whole(width),
+            width=_whole(width if marks is None else marks.end),
             value_width=_whole(value_width),
             # Lanes beyond the values are there anyway; a tile of ones is added where it costs nothing. With dropout
             # what is multiplied by them is not what is summed up.
@@ -169,6 +186,7 @@ def block_sparse_attention(
             col_steps=by_col.row.shape[2] if by_col is not None else 0,
             list_rows=by_row.row.shape[0],
             list_heads=by_row.row.shape[1],
+            marks=marks,
             interpret=platform == "interpret",
             **fixed,
         )
@@ -183,9 +201,9 @@ def _laid_out(p: Problem, x: Operands) -> Operands:
     """As the TPU reads them."""
     sizes: Any = {"lengths": (p.q_len, p.kv_len), "blocks": (p.tiling.block_q, p.tiling.block_kv)}
     return x._replace(
-        query=_flat(x.query),
-        key=_flat(x.key),
-        value=_flat(x.value, 1),
+        query=_flat(x.query, p.width),
+        key=_flat(x.key if p.marks is None else marked_keys(p.marks, x.key), p.width),
+        value=_flat(x.value, p.value_width, 1),
         kv_bias=None if x.kv_bias is None else x.kv_bias[:, :, None],
         q_segments=None if x.q_segments is None else x.q_segments[:, None],
         kv_segments=None if x.kv_segments is None else x.kv_segments[:, None],
@@ -288,9 +306,9 @@ def _whole(width: int) -> int:
     return -(-width // LANES) * LANES
 
 
-def _flat(x: Array, fill: int = 0) -> Array:
+def _flat(x: Array, width: int, fill: int = 0) -> Array:
     """Heads side by side in whole tiles of lanes: device memory has no smaller ones, so nothing grows."""
-    padding = [(0, 0)] * 3 + [(0, -x.shape[-1] % LANES)]
+    padding = [(0, 0)] * 3 + [(0, width - x.shape[-1])]
     return jnp.pad(x, padding, constant_values=fill).reshape(*x.shape[:2], -1)
 
 

@@ -27,16 +27,16 @@ from pallas_kernels.block_sparse.walk import Refs
 
 
 class Rows(NamedTuple):
-    """What the backward pass knows of queries: L, delta and their segments."""
+    """What the backward pass knows of queries: L, delta and what masks ask."""
 
     shift: jax.Array
     delta: jax.Array
-    ids: jax.Array | None
+    asked: gpu.Asked
 
 
-def _of_rows(r: Refs, rows: gpu.Tokens, *head: Any) -> Rows:
-    ids = None if r.q_segments is None else gpu.load_row(r.q_segments, rows)
-    return Rows(gpu.load_row(r.shift, rows, *head, other=jnp.inf), gpu.load_row(r.delta, rows, *head), ids)
+def _of_rows(p: Problem, r: Refs, rows: gpu.Tokens, *head: Any) -> Rows:
+    shift, delta = gpu.load_row(r.shift, rows, *head, other=jnp.inf), gpu.load_row(r.delta, rows, *head)
+    return Rows(shift, delta, gpu.asked(p, r, rows))
 
 
 def _weights(
@@ -52,7 +52,7 @@ def _weights(
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, Sequence[Any]]]]:
     """p times what dropout does, and what turns do v^T into dy and the gradients of `trained` numbers of the scores."""
     x, capped, pull_back = gpu.logits(p, r, at, product, read, trained=trained)
-    allowed = gpu.allowed(p, r, at, rows.ids, masked=masked)
+    allowed = gpu.allowed(p, r, at, rows.asked, masked=masked)
     if allowed is not None:
         x = jnp.where(allowed, x, -jnp.inf)
     weights, kept = gpu.power(p, gpu.unit(p, r), x, rows.shift), gpu.kept(p, r, at)
@@ -77,7 +77,7 @@ def _queries_kernel(p: Problem, wanted: tuple[int, ...], r: Refs) -> None:
     b, n = (f(pl.program_id(1), jnp.int32(p.heads)) for f in (jax.lax.div, jax.lax.rem))
     rows = gpu.queries(p, tile * t.q, t.q)
     q, do = gpu.load(r.query, rows, p.width), gpu.load(r.out_gradient, rows, p.value_width)
-    of_rows = _of_rows(r, rows)
+    of_rows = _of_rows(p, r, rows)
     read = gpu.reads(p, b, n, lambda i, flat: r[f"captured{i}"][flat])
     trained = [i for i, each in enumerate(read) if each.array in wanted]
 
@@ -116,7 +116,7 @@ def _keys_kernel(p: Problem, r: Refs) -> None:
             at = Place(b, n, gpu.queries(p, begin, t.q, upright=False), columns)
             q, do = gpu.load(r.query, at.q, p.width, g), gpu.load(r.out_gradient, at.q, p.value_width, g)
             product = gpu.dot(p, k, q, (1, 1))
-            weights, gradients = _weights(p, r, at, product, _of_rows(r, at.q, g), read, masked=masked)
+            weights, gradients = _weights(p, r, at, product, _of_rows(p, r, at.q, g), read, masked=masked)
             dv += gpu.dot(p, weights.astype(do.dtype), do)
             dy, _ = gradients(gpu.dot(p, v, do, (1, 1)))
             dk += gpu.dot(p, dy.astype(q.dtype), q)

@@ -123,11 +123,10 @@ def _begin_row(p: Problem, start: Any, r: Refs) -> None:
         if r.dkv_bias is not None:
             r.q_upright[p.width :] = jnp.ones((ONES, q.shape[0]), q.dtype)
     if r.prepared is not None:
-        r.prepared[...] = scores.prepared(p, r, q)
+        r.prepared[...] = scores.prepared(p, q)
     r.shift_columns[...] = walk.upright(r.shift[...])
     r.delta_columns[...] = walk.upright(r.delta[...])
-    if r.q_ids is not None:
-        r.q_ids[...] = walk.upright(r.q_segments[...])
+    scores.begin_queries(p, r)
 
 
 class Begun(NamedTuple):
@@ -149,6 +148,8 @@ def _visit(p: Problem, step: Step, slot: Any, r: Refs, *, masked: bool) -> None:
     rows, columns = walk.parts(t.block_q, t.backward.q), walk.parts(t.block_kv, t.backward.kv)
     units = [(i, j) for j in range(len(columns)) for i in range(len(rows))]
 
+    queries = scores.queries(p, r, masked=masked)
+
     def query(i: int, ref: Any) -> jax.Array:
         x = ref[rows[i]]
         return _inside(p, x, step.q_start + rows[i].start) if masked else x
@@ -160,14 +161,11 @@ def _visit(p: Problem, step: Step, slot: Any, r: Refs, *, masked: bool) -> None:
     def begin(unit: tuple[int, int]) -> Begun:
         i, j = unit
         here = scores.place(step, rows[i], columns[j])
-        q = query(i, r.query) if r.prepared is None else r.prepared[rows[i]]
+        q = query(i, queries) if r.prepared is None else queries[rows[i]]
         y = scores.biased(p, r, scores.product(p, q, key(j, r.key)), here, columns[j])
         x, pull_back = _modified(p, here, y, r)
-        u, capped = scores.binary(p, r, x)
-        allowed = None
-        if masked:
-            ids = (None, None) if r.q_ids is None else (r.q_ids[rows[i]], r.kv_segments[:, columns[j]])
-            allowed = scores.allowed(p, here, *ids)
+        u, capped = scores.binary(p, x)
+        allowed = scores.allowed(p, r, here, rows[i], columns[j]) if masked else None
         if allowed is not None:
             u = jnp.where(allowed, u, -jnp.inf)
         dp = walk.dot(query(i, r.out_gradient), key(j, r.value), (1, 1))
@@ -290,10 +288,7 @@ def _walk(
     blocks |= {"out_gradient": blocks["out"], "shift": blocks["lse"], "delta": blocks["lse"], "dq": blocks["query"]}
     results: dict[str, Any] = {}
     scratch: dict[str, Any] = dict.fromkeys(("shift_columns", "delta_columns"), ((t.block_q, LANES), f32))
-    if scores.is_prepared(p):
-        scratch["prepared"] = ((t.block_q, scores.prepared_width(p)), p.dtype)
-    if operands["q_segments"] is not None:
-        scratch["q_ids"] = ((t.block_q, LANES), jnp.int32)
+    scratch |= scores.query_scratch(p, operands)
     if plan.queries:
         results["dq"] = ((p.batch, p.q_len, p.heads * p.width), p.dtype)
         scratch["query_sums"] = ((t.block_q, p.width), f32)

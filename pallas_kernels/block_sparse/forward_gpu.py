@@ -32,7 +32,7 @@ def _kernel(p: Problem, r: Refs) -> None:
     b, n = (f(pl.program_id(1), jnp.int32(p.heads)) for f in (jax.lax.div, jax.lax.rem))
     rows = gpu.queries(p, start, t.q)
     q = gpu.load(r.query, rows, p.width)
-    q_ids = None if r.q_segments is None else gpu.load_row(r.q_segments, rows)
+    of_queries = gpu.asked(p, r, rows)
     read = gpu.reads(p, b, n, lambda i, flat: r[f"captured{i}"][flat])
 
     def visit(masked: bool, begin: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -40,7 +40,7 @@ def _kernel(p: Problem, r: Refs) -> None:
         at = Place(b, n, rows, gpu.keys(p, begin, t.kv))
         k, v = gpu.load(r.key, at.kv, p.width), gpu.load(r.value, at.kv, p.value_width)
         x, _, _ = gpu.logits(p, r, at, gpu.dot(p, q, k, (1, 1)), read)
-        allowed = gpu.allowed(p, r, at, q_ids, masked=masked)
+        allowed = gpu.allowed(p, r, at, of_queries, masked=masked)
         if allowed is not None:
             x = jnp.where(allowed, x, -jnp.inf)
         largest = jnp.maximum(m, jnp.max(x, axis=1))

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.block_sparse import scores, walk
 from pallas_kernels.block_sparse.lists import EDGE, FULL, PARTIAL, col_of, kind_of, row_of
+from pallas_kernels.block_sparse.marks import NOTHING
 from pallas_kernels.block_sparse.tiling import LANES
 from pallas_kernels.block_sparse.walk import Problem, Refs, Step
 
@@ -45,9 +46,10 @@ def _kernel(p: Problem, table: Any, r: Refs) -> None:
     @pl.when((a == p.steps - 1) | (row_of(after) != row))
     def _() -> None:
         l = jnp.sum(r.l[...], axis=1, keepdims=True) if p.sum_lane is None else r.acc[:, p.sum_lane : p.sum_lane + 1]
-        seen = l > 0
+        seen = l > 0 if p.marks is None else (l > 0) & (r.m[:, :1] > NOTHING)
         l = jnp.where(seen, l, 1)
-        r.out[...] = (r.acc[:, : p.value_width] * (1 / l)).astype(r.out.dtype)
+        out = r.acc[:, : p.value_width] * (1 / l)
+        r.out[...] = (out if p.marks is None else jnp.where(seen, out, 0)).astype(r.out.dtype)
         lse = jnp.where(seen, r.m[:, :1] * math.log(2) + jnp.log(l), -jnp.inf)
         r.lse[...] = jnp.broadcast_to(lse, (t.block_q, LANES)).T[:1]
 
@@ -66,9 +68,8 @@ def _begin_row(p: Problem, n: Any, r: Refs) -> None:
             r.acc[...] = jnp.zeros_like(r.acc)
             r.l[...] = jnp.where(walk.iota(r.l.shape, 1) == 0, 1.0, 0.0)
     if r.prepared is not None:
-        r.prepared[...] = scores.prepared(p, r, r.query[...])
-    if r.q_ids is not None:
-        r.q_ids[...] = walk.upright(r.q_segments[...])
+        r.prepared[...] = scores.prepared(p, r.query[...])
+    scores.begin_queries(p, r)
 
 
 def _visit(p: Problem, step: Step, r: Refs, *, masked: bool) -> None:
@@ -76,17 +77,16 @@ def _visit(p: Problem, step: Step, r: Refs, *, masked: bool) -> None:
     rows, columns = walk.parts(t.block_q, t.forward.q), walk.parts(t.block_kv, t.forward.kv)
     units = [(i, j) for j in range(len(columns)) for i in range(len(rows))]
     m = [r.m[at] for at in rows]
-    queries = r.query if r.prepared is None else r.prepared
+    queries = scores.queries(p, r, masked=masked)
 
     def begin(unit: tuple[int, int]) -> jax.Array:
         i, j = unit
         here = scores.place(step, rows[i], columns[j])
         x = scores.biased(p, r, scores.product(p, queries[rows[i]], r.key[columns[j]]), here, columns[j])
-        x, _ = scores.binary(p, r, scores.modified(p, r, here, x, scores.reader(r)))
+        x, _ = scores.binary(p, scores.modified(p, r, here, x, scores.reader(r)))
         if not masked:
             return x
-        ids = (None, None) if r.q_ids is None else (r.q_ids[rows[i]], r.kv_segments[:, columns[j]])
-        allowed = scores.allowed(p, here, *ids)
+        allowed = scores.allowed(p, r, here, rows[i], columns[j])
         return x if allowed is None else jnp.where(allowed, x, -jnp.inf)
 
     for (i, j), x in walk.ahead(units, t.forward.lag, begin):
@@ -95,7 +95,7 @@ def _visit(p: Problem, step: Step, r: Refs, *, masked: bool) -> None:
             v = scores.within(v, step.kv_start + columns[j].start, p.kv_len)
         largest = jnp.maximum(m[i], jnp.max(x, axis=1, keepdims=True))
         # A bias or a score function may be -inf as well.
-        can_be_empty = masked or scores.has_score(p, r)
+        can_be_empty = masked or p.score_mod is not None or r.kv_bias is not None
         finite = jnp.where(largest == -jnp.inf, 0, largest) if can_be_empty else largest
         weights = jnp.exp2(x - walk.wide(finite, t.forward.kv))
         kept = jnp.exp2(m[i] - finite)
@@ -126,10 +126,7 @@ def forward(p: Problem, table: jax.Array, operands: Mapping[str, jax.Array | Non
         scratch["l"] = ((t.block_q, LANES), f32)
     extra = LANES if p.sum_lane == p.value_width else 0
     scratch["acc"] = ((t.block_q, p.value_width + extra), f32)
-    if scores.is_prepared(p):
-        scratch["prepared"] = ((t.block_q, scores.prepared_width(p)), p.dtype)
-    if operands["q_segments"] is not None:
-        scratch["q_ids"] = ((t.block_q, LANES), jnp.int32)
+    scratch |= scores.query_scratch(p, operands)
     out, lse = walk.call(
         p,
         functools.partial(_kernel, p),

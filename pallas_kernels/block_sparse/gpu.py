@@ -25,7 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.block_sparse import dropout, scores
 from pallas_kernels.block_sparse.scores import LOG2E
 from pallas_kernels.block_sparse.tiling import LEAST, Blocks, Program
-from pallas_kernels.block_sparse.walk import Refs
+from pallas_kernels.block_sparse.walk import Refs, in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Problem:
     Attributes:
       group: query heads of a key head.
       captured: shapes of the arrays that the score function reads.
+      axes: of the coordinates that windows are of, 0 without; `groups` batch rows in turn have windows of their own.
     """
 
     batch: int
@@ -51,6 +52,8 @@ class Problem:
     captured: tuple[tuple[int, ...], ...]
     dropout_rate: float
     dtype: Any
+    axes: int
+    groups: int
     blocks: Blocks
     interpret: bool
 
@@ -179,7 +182,7 @@ def walk(
     """
     size, tile = sizes
     times, (list_rows, list_heads, _, width) = size // tile, r.idx.shape
-    which = b if list_rows > 1 else 0, jax.lax.div(n, jnp.int32(p.heads // list_heads)), at
+    which = in_turn(b, list_rows, p.batch) if list_rows > 1 else 0, jax.lax.div(n, jnp.int32(p.heads // list_heads)), at
     partial, total = (x[which] * times for x in (r.n_partial, r.n_total))
 
     def turn(masked: bool, i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -190,7 +193,7 @@ def walk(
         return r.idx[*which, place], visit(masked, start, sums)
 
     state = r.idx[*which, 0], sums
-    if p.element is not None or r.q_segments is not None:
+    if p.element is not None or r.q_segments is not None or p.axes:
         state = jax.lax.fori_loop(0, partial, functools.partial(turn, True), state)
     else:
         partial = 0
@@ -206,13 +209,29 @@ class Place(NamedTuple):
     kv: Tokens
 
 
-def allowed(p: Problem, r: Refs, at: Place, q_ids: Any, *, masked: bool) -> jax.Array | None:
+class Asked(NamedTuple):
+    """What masks ask of a tile of queries: their segments, and on each axis where their windows begin and end."""
+
+    ids: jax.Array | None
+    low: Sequence[jax.Array]
+    high: Sequence[jax.Array]
+
+
+def asked(p: Problem, r: Refs, rows: Tokens) -> Asked:
+    ids = None if r.q_segments is None else load_row(r.q_segments, rows)
+    return Asked(ids, *([load_row(ref, rows, jnp.int32(axis)) for axis in range(p.axes)] for ref in (r.low, r.high)))
+
+
+def allowed(p: Problem, r: Refs, at: Place, of_queries: Asked, *, masked: bool) -> jax.Array | None:
     """Which pairs are allowed; `None`: all. Beyond the last query nothing is: there the callers have zeros."""
     rules = []
     if masked and p.element is not None:
         rules.append(p.element(at.q.position, at.kv.position, at.n))
-    if masked and q_ids is not None:
-        rules.append(q_ids == load_row(r.kv_segments, at.kv))
+    if masked and of_queries.ids is not None:
+        rules.append(of_queries.ids == load_row(r.kv_segments, at.kv))
+    for axis in range(p.axes if masked else 0):
+        place = load_row(r.place, at.kv, jnp.int32(axis))
+        rules += [of_queries.low[axis] <= place, place < of_queries.high[axis]]
     if at.kv.inside is not None:
         rules.append(at.kv.laid(at.kv.inside))
     return functools.reduce(operator.and_, rules) if rules else None
@@ -329,6 +348,7 @@ def specs(p: Problem, *, by_key: bool) -> dict[str, pl.BlockSpec]:
     def whole(*sizes: int) -> pl.BlockSpec:
         return pl.BlockSpec(sizes, lambda *_: (0,) * len(sizes))
 
+    windows = spec((None, p.axes, padded_q), lambda b, h: (in_turn(b, p.groups, p.batch), 0, 0))
     per_query = spec((None, group, padded_q), lambda b, h: (b, h, 0))
     bias = spec((None, None, padded_kv), lambda b, h: (b, h // shared, 0))
     return {
@@ -339,6 +359,8 @@ def specs(p: Problem, *, by_key: bool) -> dict[str, pl.BlockSpec]:
         "kv_bias": bias,
         "q_segments": spec((None, padded_q), lambda b, h: (b, 0)),
         "kv_segments": spec((None, padded_kv), lambda b, h: (b, 0)),
+        **dict.fromkeys(("low", "high"), windows),
+        "place": whole(p.axes, padded_kv),
         "shift": per_query,
         "delta": per_query,
         "out": query(p.value_wide),

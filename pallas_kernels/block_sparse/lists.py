@@ -7,6 +7,7 @@ another, for scalar memory pads the minor axes of anything but a flat array.
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -61,15 +62,28 @@ def kind_of(code: Any) -> Any:
 
 
 def check(
-    name: str, steps: Any, *, batch: int, heads: int, kv_heads: int, lengths: tuple[int, int], blocks: tuple[int, int]
+    name: str,
+    steps: Any,
+    *,
+    rows_of_lists: Set[int],
+    heads: int,
+    kv_heads: int,
+    lengths: tuple[int, int],
+    blocks: tuple[int, int],
 ) -> None:
     """Raises `ValueError` for a list that does not belong to the sizes, or does not fit scalar memory."""
     shapes = {tuple(x.shape) for x in (steps.row, steps.col, steps.kind)}
     shape = shapes.pop()
-    if shapes or len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, kv_heads, heads) or not shape[2]:
+    if (
+        shapes
+        or len(shape) != 3
+        or shape[0] not in rows_of_lists
+        or shape[1] not in (1, kv_heads, heads)
+        or not shape[2]
+    ):
         raise ValueError(
-            f"{name}: expected row, col and kind [Bm, Nm, A] with Bm in {{1, {batch}}} and Nm in "
-            f"{{1, {kv_heads}, {heads}}}, got {[tuple(x.shape) for x in (steps.row, steps.col, steps.kind)]}"
+            f"{name}: expected row, col and kind [Bm, Nm, A] with Bm in {_set(rows_of_lists)} and Nm in "
+            f"{_set({1, kv_heads, heads})}, got {[tuple(x.shape) for x in (steps.row, steps.col, steps.kind)]}"
         )
     if not all(np.issubdtype(x.dtype, np.integer) for x in (steps.row, steps.col, steps.kind)):
         raise ValueError(f"{name}: expected integers, got {[str(x.dtype) for x in (steps.row, steps.col, steps.kind)]}")
@@ -85,17 +99,22 @@ def check(
         )
 
 
-def check_blocks(name: str, lists: Any, *, batch: int, heads: int, kv_heads: int, rows: int) -> None:
+def check_blocks(name: str, lists: Any, *, rows_of_lists: Set[int], heads: int, kv_heads: int, blocks: int) -> None:
     """Raises `ValueError` for `BlockLists` that do not belong to the sizes."""
     idx, counts = lists.idx.shape, (lists.n_partial.shape, lists.n_total.shape)
-    matches = len(idx) == 4 and counts == (idx[:3], idx[:3]) and idx[2] == rows and idx[3] > 0
-    if not matches or idx[0] not in (1, batch) or idx[1] not in (1, kv_heads, heads):
+    matches = len(idx) == 4 and counts == (idx[:3], idx[:3]) and idx[2] == blocks and idx[3] > 0
+    if not matches or idx[0] not in rows_of_lists or idx[1] not in (1, kv_heads, heads):
         raise ValueError(
-            f"{name}: expected idx [Bm, Nm, {rows}, W] with Bm in {{1, {batch}}} and Nm in {{1, {kv_heads}, {heads}}}, "
-            f"and n_partial, n_total [Bm, Nm, {rows}], got {[tuple(x.shape) for x in lists]}"
+            f"{name}: expected idx [Bm, Nm, {blocks}, W] with Bm in {_set(rows_of_lists)} and Nm in "
+            f"{_set({1, kv_heads, heads})}, and n_partial, n_total [Bm, Nm, {blocks}], got "
+            f"{[tuple(x.shape) for x in lists]}"
         )
     if not all(np.issubdtype(x.dtype, np.integer) for x in lists):
         raise ValueError(f"{name}: expected integers, got {[str(x.dtype) for x in lists]}")
+
+
+def _set(numbers: Set[int]) -> str:
+    return "{" + ", ".join(map(str, sorted(numbers))) + "}"
 
 
 def whole(lists: Any) -> BlockLists:

@@ -13,15 +13,16 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse import dropout, walk
+from pallas_kernels.block_sparse import dropout, marks, walk
 from pallas_kernels.block_sparse.lists import EDGE
+from pallas_kernels.block_sparse.tiling import LANES
 from pallas_kernels.block_sparse.walk import Problem, Refs, Step, iota
 
 LOG2E = math.log2(math.e)
@@ -72,15 +73,11 @@ def place(step: Step, rows: slice, columns: slice) -> Place:
     return Place(step, step.q_start + rows.start + iota((t, 1), 0), step.kv_start + columns.start + iota((1, s), 1))
 
 
-def has_score(p: Problem, refs: Refs) -> bool:
-    """Whether something stands between the scaled product and the soft cap."""
-    return p.score_mod is not None or refs.kv_bias is not None
-
-
-def _factor(p: Problem, refs: Refs) -> float:
-    if has_score(p, refs):
-        return p.scale
-    return p.scale * LOG2E if p.soft_cap is None else p.scale / p.soft_cap
+def _factor(p: Problem) -> float:
+    """What y is multiplied by at once, where no score function wants it as it is."""
+    if p.score_mod is not None:
+        return 1.0
+    return LOG2E if p.soft_cap is None else 1 / p.soft_cap
 
 
 def is_prepared(p: Problem) -> bool:
@@ -92,13 +89,22 @@ def prepared_width(p: Problem) -> int:
     return 2 * p.width if p.split else p.width
 
 
-def prepared(p: Problem, refs: Refs, q: jax.Array) -> jax.Array:
+def prepared(p: Problem, q: jax.Array) -> jax.Array:
     """Queries as `product` takes them."""
-    scaled = q.astype(jnp.float32) * _factor(p, refs)
+    scaled = q.astype(jnp.float32) * (p.scale * _factor(p))
     if not p.split:
         return scaled
     high = scaled.astype(q.dtype)
     return jnp.concatenate([high, (scaled - high.astype(jnp.float32)).astype(q.dtype)], axis=1)
+
+
+def queries(p: Problem, refs: Refs, *, masked: bool) -> Any:
+    """Where the queries are that `product` takes in this block; in a masked one with the penalties of its keys."""
+    found = refs.query if refs.prepared is None else refs.prepared
+    if not masked or p.marks is None:
+        return found
+    marks.mark(p.marks, found, refs)
+    return refs.marked
 
 
 def product(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
@@ -106,11 +112,11 @@ def product(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def biased(p: Problem, refs: Refs, x: jax.Array, at: Place, columns: slice) -> jax.Array:
-    """y, from what `product` gives: scaled, if that has not been done, and with the bias of keys."""
-    x = x if is_prepared(p) else x * _factor(p, refs)
+    """y times its factor, from what `product` gives: scaled, if that has not been done, and with the bias of keys."""
+    x = x if is_prepared(p) else x * (p.scale * _factor(p))
     if refs.kv_bias is None:
         return x
-    bias = refs.kv_bias[:, columns]
+    bias = refs.kv_bias[:, columns] * _factor(p)
     return x + (jnp.where(at.kv_pos < p.kv_len, bias, 0) if p.ragged_kv else bias)
 
 
@@ -132,30 +138,57 @@ def reader(refs: Refs) -> Callable[[int, Any], Any]:
     return lambda i, flat: refs[f"captured{i}"][flat]
 
 
-def binary(p: Problem, refs: Refs, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """u, and with a soft cap tanh(x / c)."""
+def binary(p: Problem, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """u, and with a soft cap tanh(x / c), from x times its factor."""
+    has_score = p.score_mod is not None
     if p.soft_cap is None:
-        return (x * LOG2E if has_score(p, refs) else x), None
-    t = jnp.tanh(x * (1 / p.soft_cap) if has_score(p, refs) else x)
+        return (x * LOG2E if has_score else x), None
+    t = jnp.tanh(x * (1 / p.soft_cap) if has_score else x)
     return t * (p.soft_cap * LOG2E), t
 
 
-def allowed(p: Problem, at: Place, q_ids: jax.Array | None, kv_ids: jax.Array | None) -> jax.Array | None:
-    """Which pairs of a block that is not full, or at the edge, are allowed; `None`: all.
-
-    Args:
-      q_ids: segments of the queries, columns that are all alike; kv_ids: of the keys, a row.
-    """
-    rules = []
+def allowed(p: Problem, refs: Refs, at: Place, rows: slice, columns: slice) -> jax.Array | None:
+    """Which pairs of a tile in a block that is not full, or at the edge, are allowed; `None`: all."""
+    rules, width = [], columns.stop - columns.start
     if p.element is not None:
         rules.append(p.element(at.q_pos, at.kv_pos, at.step.n))
-    if q_ids is not None and kv_ids is not None:
-        rules.append(walk.wide(q_ids, kv_ids.shape[1]) == kv_ids)
+    if refs.q_ids is not None:
+        rules.append(walk.wide(refs.q_ids[rows], width) == refs.kv_segments[:, columns])
+    for axis in range(p.axes if p.marks is None else 0):
+        place = refs.place[axis : axis + 1, columns]
+        rules.append(walk.wide(refs.low_columns[axis, rows], width) <= place)
+        rules.append(place < walk.wide(refs.high_columns[axis, rows], width))
     if rules and (p.ragged_q or p.ragged_kv):
         rules = [functools.reduce(operator.and_, rules) | (at.step.kind == EDGE)]
     if p.ragged_kv:
         rules.append(at.kv_pos < p.kv_len)
     return functools.reduce(operator.and_, rules) if rules else None
+
+
+def begin_queries(p: Problem, refs: Refs) -> None:
+    """What masks ask of queries, as columns that are all alike."""
+    if refs.q_ids is not None:
+        refs.q_ids[...] = walk.upright(refs.q_segments[...])
+    if p.marks is not None:
+        return marks.begin_queries(p.marks, refs.low[...], refs.high[...], refs, walk.upright)
+    for axis in range(p.axes):
+        refs.low_columns[axis] = walk.upright(refs.low[axis : axis + 1])
+        refs.high_columns[axis] = walk.upright(refs.high[axis : axis + 1])
+
+
+def query_scratch(p: Problem, operands: Mapping[str, Any]) -> dict[str, Any]:
+    """Where `begin_queries` puts it, and queries as `product` takes them."""
+    scratch: dict[str, Any] = {}
+    if is_prepared(p):
+        scratch["prepared"] = ((p.tiling.block_q, prepared_width(p)), p.dtype)
+    if operands["q_segments"] is not None:
+        scratch["q_ids"] = ((p.tiling.block_q, LANES), jnp.int32)
+    if p.marks is not None:
+        scratch |= dict.fromkeys(("low_marks", "high_marks"), ((p.tiling.block_q, LANES), jnp.int32))
+        scratch["marked"] = ((p.tiling.block_q, prepared_width(p)), p.dtype)
+    elif p.axes:
+        scratch |= dict.fromkeys(("low_columns", "high_columns"), ((p.axes, p.tiling.block_q, LANES), jnp.int32))
+    return scratch
 
 
 def within(x: jax.Array, start: Any, length: int) -> jax.Array:

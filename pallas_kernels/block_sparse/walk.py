@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse.lists import col_of, row_of
+from pallas_kernels.block_sparse.marks import Marks
 from pallas_kernels.block_sparse.tiling import LANES, Tiling
 
 Indices = Callable[..., Any]
@@ -33,6 +34,8 @@ class Problem:
       width, value_width: of a head in whole tiles of lanes.
       sum_lane: the column of [values | ones] from which there are ones, whose products are row sums; `None`: none.
       steps: of a list; there are `list_rows` of them for batch rows, and for each of these `list_heads` for heads.
+      axes: of the coordinates that windows are of, 0 without; `groups` batch rows in turn have windows of their own.
+      marks: where windows are penalties of queries; `None`: they are compared.
       captured: shapes of the arrays that the score function reads; `reads`: how often it reads a floating-point one.
     """
 
@@ -57,6 +60,9 @@ class Problem:
     col_steps: int
     list_rows: int
     list_heads: int
+    axes: int
+    groups: int
+    marks: Marks | None
     interpret: bool
 
     @property
@@ -65,7 +71,7 @@ class Problem:
 
     @property
     def split(self) -> bool:
-        return self.tiling.split and self.dtype == jnp.bfloat16
+        return self.tiling.split and self.dtype == jnp.bfloat16 and self.width <= LANES
 
     @property
     def rows(self) -> int:
@@ -141,8 +147,13 @@ def code_at(p: Problem, table: Any, b: Any, n: Any, a: Any, steps: int) -> Any:
     """Step a, or the nearest there is, of the list of a batch row and a query head."""
     which = n // (p.heads // p.list_heads)
     if p.list_rows > 1:
-        which += b * p.list_heads
+        which += in_turn(b, p.list_rows, p.batch) * p.list_heads
     return table[which * steps + jnp.clip(a, 0, steps - 1)]
+
+
+def in_turn(b: Any, rows: int, batch: int) -> Any:
+    """The row for batch row b of an array whose rows serve all batch rows in turn."""
+    return b if rows == batch else jax.lax.rem(b, jnp.int32(rows))
 
 
 def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
@@ -164,6 +175,9 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
     def key(width: int) -> pl.BlockSpec:
         return block((None, t.block_kv, width), lambda b, n, row, col: (b, col, n // p.group))
 
+    def group(b: Any) -> Any:
+        return in_turn(b, p.groups, p.batch)
+
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     return {
         "query": query(p.width),
@@ -174,6 +188,8 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
         "kv_bias": block((None, None, 1, t.block_kv), lambda b, n, row, col: (b, n // p.group, 0, col)),
         "q_segments": block((None, 1, t.block_q), lambda b, n, row, col: (b, 0, row)),
         "kv_segments": block((None, 1, t.block_kv), lambda b, n, row, col: (b, 0, col)),
+        **dict.fromkeys(("low", "high"), block((None, p.axes, t.block_q), lambda b, n, row, col: (group(b), 0, row))),
+        "place": block((p.axes, t.block_kv), lambda b, n, row, col: (0, col)),
         "sinks": scalars,
         "seed": scalars,
         **{f"captured{i}": scalars for i in range(len(p.captured))},

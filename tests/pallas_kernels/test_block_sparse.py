@@ -11,13 +11,14 @@ import pytest
 
 import jattn
 from jattn import dot_product_attention
-from jattn.masks import Causal, Fn, SlidingWindow
+from jattn.masks import Causal, Fn, Full, SlidingWindow
 from pallas_kernels.block_sparse import (
     BlockLists,
     Blocks,
     Program,
     Tile,
     Tiling,
+    Windows,
     WorkList,
     block_sparse_attention,
 )
@@ -102,11 +103,22 @@ def operands(batch, q_len, kv_len, heads, kv_heads, width, value_width, *, dtype
     return found, cotangents
 
 
-def allowed(kinds, mask, heads, q_len, kv_len):
+def allowed(kinds, mask, windows, heads, q_len, kv_len):
     """The dense mask of kinds."""
     by_pair = np.repeat(np.repeat(kinds, CUT.block_q, axis=2), CUT.block_kv, axis=3)[..., :q_len, :kv_len]
     by_head = np.repeat(by_pair, heads // kinds.shape[1], axis=1)
-    return (by_head == 2) | ((by_head == 1) & mask.dense(q_len, kv_len))
+    rule = mask.dense(q_len, kv_len)
+    if windows is not None:
+        low, high = (x[..., None] for x in windows[:2])
+        rule = rule & ((low <= windows.place[:, None]) & (windows.place[:, None] < high)).all(axis=1)[:, None]
+    rows = max(len(x) if np.ndim(x) == 4 else 1 for x in (by_head, rule))
+    by_head, rule = (np.resize(x, (rows, *np.shape(x)[-3:])) if np.ndim(x) == 4 else x for x in (by_head, rule))
+    return (by_head == 2) | ((by_head == 1) & rule)
+
+
+def _all_rows(x, batch):
+    """Batch row b has row b mod G."""
+    return np.concatenate([x] * (batch // len(x))) if len(x) > 1 else x
 
 
 def run(function, arguments, cotangents):
@@ -123,6 +135,7 @@ def compare(
     cut=CUT,
     soft_cap=None,
     segments=None,
+    windows=None,
     ratio=1e-5,
     reference=None,
     **options,
@@ -142,6 +155,7 @@ def compare(
             element=mask.elem,
             q_segment_ids=None if segments is None else segments[0],
             kv_segment_ids=None if segments is None else segments[1],
+            windows=windows,
             sinks=x.get("sinks"),
             kv_bias=x.get("kv_bias"),
             captured=[x[name] for name in captured],
@@ -164,7 +178,7 @@ def compare(
             x["key"],
             x["value"],
             bias,
-            allowed(kinds, mask, *sizes),
+            _all_rows(allowed(kinds, mask, windows, *sizes), len(query)),
             scale=0.2,
             logits_soft_cap=soft_cap,
             sinks=x.get("sinks"),
@@ -230,6 +244,56 @@ def test_lists_of_batch_rows_and_heads(shape, cut):
     compare(*operands(2, 211, 307, 4, 2, 16, 32), Causal(), kinds, cut=cut)
 
 
+@pytest.mark.parametrize("cut", [CUT, TWO_WALKS, WIDE_UNITS, ON_GPU], ids=["one walk", "two walks", "wide", "gpu"])
+@pytest.mark.parametrize("of_groups", [False, True], ids=["one list", "lists of groups"])
+def test_windows_of_coordinates(of_groups, cut):
+    """Two groups of three batch rows each, in turn; some windows are empty, and lists leave blocks out."""
+    rng = np.random.default_rng(1)
+    low = rng.integers(0, 17, (2, 2, 211))
+    windows = Windows(low, low + rng.integers(-2, 17, low.shape), rng.integers(0, 23, (2, 307)))
+    kinds = np.asarray([[[[1, 2], [0, 1]]], [[[1, 1], [1, 0]]]][: 1 + of_groups], np.int32)
+    dtype, ratio = (jnp.bfloat16, 5e-3) if cut is WIDE_UNITS else (jnp.float32, 1e-5)
+    arguments, cotangents = operands(6, 211, 307, 2, 1, 16, 32, dtype=dtype, kv_bias=(6, 1, 307))
+    arguments["kv_bias"] = jnp.where(jnp.arange(307) % 5 == 2, -jnp.inf, arguments["kv_bias"])
+    compare(arguments, cotangents, Causal(offset=150), kinds, windows=windows, cut=cut, ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("cut", "width", "options"),
+    [
+        (CUT, 16, {}),
+        (TWO_WALKS, 112, {}),
+        (WIDE_UNITS, 64, {}),
+        (WIDE_UNITS, 128, {}),
+        (CUT, 16, {"soft_cap": 3.0}),
+        (ON_GPU, 16, {}),
+    ],
+    ids=["marks", "no room", "wide", "wide, another tile of lanes", "no marks under a cap", "gpu"],
+)
+def test_windows_of_a_grid(cut, width, options):
+    """Blocks of 8 x 32 keys; of the windows some are empty, some hold keys of a later block or masked keys alone."""
+    rng = np.random.default_rng(2)
+    first, last = (x.reshape(-1) for x in np.mgrid[:16, :32])
+    low = np.stack([rng.integers(0, 16, 211), rng.integers(0, 32, 211)])[None]
+    windows = Windows(low, low + rng.integers(0, [[5], [9]], (2, 211)), np.stack([first, last]))
+    dtype, ratio = (jnp.bfloat16, 5e-3) if cut is WIDE_UNITS else (jnp.float32, 1e-5)
+    arguments, cotangents = operands(2, 211, 512, 2, 1, width, 32, dtype=dtype, kv_bias=(2, 1, 512))
+    arguments["kv_bias"] = jnp.where(first % 4 == 3, -jnp.inf, arguments["kv_bias"])
+    kinds = np.ones((1, 1, 2, 2), np.int32)
+    got = compare(arguments, cotangents, Full(), kinds, windows=windows, cut=cut, ratio=ratio, **options)
+    assert 20 < np.isneginf(got["lse"][0, :, 0]).sum() < 190
+
+
+def test_windows_that_do_not_belong():
+    low, place = np.zeros((2, 2, 128), np.int32), np.zeros((2, 256), np.int32)
+    with pytest.raises(ValueError, match=r"windows: expected low and high \[G, axes, 128\] with G a divisor of 1"):
+        small(windows=Windows(low, low, place))()
+    with pytest.raises(ValueError, match=r"place \[axes, 256\], got .*\[2, 100\]"):
+        small(windows=Windows(low[:1], low[:1], place[:, :100]))()
+    with pytest.raises(ValueError, match="windows: expected integers"):
+        small(windows=Windows(low[:1] * 0.5, low[:1], place))()
+
+
 def test_one_compilation_serves_all_traced_lists():
     arguments, _ = operands(1, 256, 512, 1, 1, 16, 16)
     traces = 0
@@ -255,7 +319,7 @@ def test_one_compilation_serves_all_traced_lists():
             )
             return jnp.sum(out)
 
-        want, wanted = jax.value_and_grad(dense)(arguments["query"], allowed(kinds, Causal(), 1, 256, 512))
+        want, wanted = jax.value_and_grad(dense)(arguments["query"], allowed(kinds, Causal(), None, 1, 256, 512))
         np.testing.assert_allclose(got, want, rtol=1e-4)
         np.testing.assert_allclose(gradient, wanted, atol=1e-5)
     assert traces == 1
@@ -317,7 +381,7 @@ def test_what_the_kernel_does_not_do():
 def test_lists_and_blocks_that_do_not_belong():
     with pytest.raises(ValueError, match="multiples of 128, got 64 and 256"):
         small(block_q=64)()
-    with pytest.raises(ValueError, match=r"Bm in \{1, 1\}"):
+    with pytest.raises(ValueError, match=r"Bm in \{1\}"):
         small(by_row=WorkList(*np.zeros((3, 2, 1, 4), np.int32)))()
     with pytest.raises(ValueError, match="use larger blocks: block_q=256, block_kv=512"):
         small(by_row=WorkList(*np.zeros((3, 1, 1, 2**18), np.int32)))()

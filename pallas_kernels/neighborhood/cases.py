@@ -1,0 +1,101 @@
+"""Calls whose schedules `python -m pallas_kernels.lab report --family neighborhood` reads: forward, then backward.
+
+The tables are those that `jattn.neighborhood` makes, for the plain windows here: w keys, moved inward at borders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sparse import BlockLists, Windows, WorkList, block_sparse_attention, choose, choose_blocks
+from pallas_kernels.lab import Case
+from pallas_kernels.lab.chips import CHIPS
+
+
+def cases(target: str) -> dict[str, Case]:
+    """An image of 64 x 64 with windows of 13 x 13, and a video of 30 x 48 x 80 with windows of 18 x 24 x 24.
+
+    The least that is moved: q, k, v -> o forward, q, k, v, o, do -> dq, dk, dv backward.
+    """
+    on_gpu = target == "h100"
+    return {
+        "image": _case(target, (64, 64), (13, 13), (8, 16) if on_gpu else (16, 32), heads=8, width=64),
+        "video": _case(target, (30, 48, 80), (18, 24, 24), (2, 8, 8) if on_gpu else (4, 8, 16), heads=2, width=128),
+    }
+
+
+def _case(
+    target: str, grid: tuple[int, ...], window: tuple[int, ...], tile: tuple[int, ...], *, heads: int, width: int
+) -> Case:
+    tiles, size = tuple(-(-x // t) for x, t in zip(grid, tile, strict=True)), math.prod(tile)
+    length = math.prod(tiles) * size
+    windows, kinds = _tables(grid, window, tile, tiles)
+    options: Any = {"block_q": size, "block_kv": size, "scale": width**-0.5, "windows": windows}
+    if target == "h100":
+        cut: Any = choose_blocks(length, length, width, width, jnp.bfloat16, block_q=size, block_kv=size)
+        lists: Any = _block_lists(kinds), _block_lists(kinds.T)
+        options |= {"cut": cut, "platform": "gpu"}
+    else:
+        kind = CHIPS[target].kind
+        cut = choose(length, length, width, width, jnp.bfloat16, block_q=size, block_kv=size, kind=kind)
+        lists = _work_list(kinds), WorkList(*(_work_list(kinds.T)[i] for i in (1, 0, 2)))
+        options |= {"cut": cut, "platform": "tpu"}
+
+    def attention(query: Any, key: Any, value: Any) -> Any:
+        return block_sparse_attention(query, key, value, *lists, **options)[0]
+
+    arrays = (jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16),) * 4
+    return Case(_gradient(attention), arrays, 12 * arrays[0].size * arrays[0].dtype.itemsize)
+
+
+def _tables(
+    grid: tuple[int, ...], window: tuple[int, ...], tile: tuple[int, ...], tiles: tuple[int, ...]
+) -> tuple[Windows, np.ndarray]:
+    """Windows of queries in the order of tiles, and the kind of each pair of tiles."""
+    low, place = [], []
+    visited = full = np.ones((1, 1), bool)
+    for extent, w, t, n in zip(grid, window, tile, tiles, strict=True):
+        token = np.arange(t * n)
+        start = np.clip(np.minimum(token, extent - 1) - w // 2, 0, extent - w)
+        low.append(start.reshape(n, t))
+        place.append(token.reshape(n, t))
+        first, last, begin = start[::t, None], start[t - 1 :: t, None], np.arange(n) * t
+        visited = np.kron(visited, (begin < last + w) & (begin + t > first))
+        full = np.kron(full, (begin >= last) & (begin + t <= first + w))
+    low, place = (_in_order(x, tile, tiles) for x in (low, place))
+    return Windows(low[None], low[None] + np.array(window)[:, None], place), np.where(full, 2, visited).astype(np.int32)
+
+
+def _in_order(of_axes: Any, tile: tuple[int, ...], tiles: tuple[int, ...]) -> Any:
+    """Tables `[tiles, tile]` of every axis as `[axes, all tokens]`, tile after tile."""
+    axes, found = len(tile), []
+    for a, x in enumerate(of_axes):
+        shape = [1] * (2 * axes)
+        shape[a], shape[axes + a] = x.shape
+        found.append(np.broadcast_to(x.reshape(shape), (*tiles, *tile)).reshape(-1))
+    return np.stack(found).astype(np.int32)
+
+
+def _work_list(kinds: np.ndarray) -> WorkList:
+    row, col = np.nonzero(kinds)
+    return WorkList(*(x.astype(np.int32)[None, None] for x in (row, col, kinds[row, col])))
+
+
+def _block_lists(kinds: np.ndarray) -> BlockLists:
+    order = np.argsort(np.where(kinds == 0, 3, kinds), axis=1, kind="stable")
+    longest = np.sum(kinds > 0, axis=1).max()
+    return BlockLists(*(x[None, None] for x in (order[:, :longest], np.sum(kinds == 1, 1), np.sum(kinds > 0, 1))))
+
+
+def _gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def both(query: Any, key: Any, value: Any, d_out: Any) -> Any:
+        out, transpose = jax.vjp(attention, query, key, value)
+        return out, transpose(d_out)
+
+    return both
