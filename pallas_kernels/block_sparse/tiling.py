@@ -114,8 +114,8 @@ def candidates(q_len: int, kv_len: int, width: int, value_width: int, dtype: Any
     return sizes
 
 
-def cost(steps: int, block_q: int, block_kv: int) -> float:
-    """The time of so many grid steps, in that of 512 x 512 pairs."""
+def cost(steps: Any, block_q: Any, block_kv: Any) -> Any:
+    """The time of so many grid steps, in that of 512 x 512 pairs; of numbers or arrays."""
     return steps * (block_q * block_kv / 512**2 + _chip(_kind()).overhead)
 
 

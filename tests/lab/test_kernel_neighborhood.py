@@ -1,0 +1,36 @@
+"""Neighborhood attention compiles for every TPU and for H100; `make lab` installs the compilers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+@pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_the_family_compiles(target, lab):
+    out = lab("compile", "--family", "neighborhood", "--targets", target)
+    for case in ("image", "video"):
+        assert case in out
+
+
+def test_windows_are_free_on_v6e(tmp_path, lab):
+    """A pair of tiles takes no more than a twentieth longer than where every query sees every key."""
+    found = tmp_path / "figures.json"
+    lab("report", "--family", "neighborhood", "--targets", "v6e", "--only", "image*", "--json", found)
+    cases = {row["case"]: row["kernels"] for row in json.loads(found.read_text())["rows"]}
+    assert set(cases) == {"image", "image-full"}
+    for windows, full in zip(cases["image"], cases["image-full"], strict=True):
+        assert windows["hot_bundles"] <= 1.05 * full["hot_bundles"]
+
+
+def test_kernels_for_h100_use_its_matrix_units_and_spill_nothing(tmp_path, lab):
+    found = tmp_path / "figures.json"
+    lab("report", "--family", "neighborhood", "--targets", "h100", "--json", found)
+    cases = {row["case"]: row["kernels"] for row in json.loads(found.read_text())["rows"]}
+    assert set(cases) == {"image", "video"}
+    for kernels in cases.values():
+        assert len(kernels) == 3
+        for kernel in kernels:
+            assert kernel["mma_sync"] == kernel["spill_store_bytes"] == kernel["spill_load_bytes"] == 0, kernel
+            assert kernel["wgmma"] > 0
