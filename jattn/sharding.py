@@ -7,6 +7,7 @@ independent. Along the sequence (context parallelism) a device holds a piece of 
 - a sliding window fetches the keys and values within reach of its neighbours (a halo exchange);
 - softmax attention passes keys and values round a ring and merges the partial results by their log-sum-exp (Liu et al.
 2023);
+- neighborhood attention fetches rows of the first axis of its grid likewise;
 - block-sparse attention gathers keys and values and sends queries to where there is least work.
 """
 
@@ -27,19 +28,25 @@ from jaxtyping import Array
 
 from jattn import masks
 from jattn.dot_product import dot_product_attention, merge_attentions
+from jattn.halo import neighbours
 from jattn.linear.arguments import LinearState
 from jattn.linear.delta_rule import delta_rule
 from jattn.linear.gated import gated_delta_rule, kda, simple_gla
 from jattn.linear.lightning import lightning_attention
 from jattn.linear.recurrence import linear_attention
 from jattn.linear.retention import retention, retention_gamma
+from jattn.neighborhood.neighborhood import neighborhood_attention
+from jattn.neighborhood.on_mesh import halo_attention
 from jattn.sparse.block_mask import BlockMask
 from jattn.sparse.block_sparse import ScoreMod, block_sparse_attention
 from jattn.sparse.on_mesh import gathered_attention
 from jattn.sparse.sliding_window import sliding_window_attention
 
 Axes = str | Sequence[str] | None
-ARRAYS = ("segment_ids", "log_decay", "slopes", "gamma", "beta", "initial_state", "sinks", "captured")
+ARRAYS = (
+    "segment_ids", "log_decay", "slopes", "gamma", "beta", "initial_state", "sinks", "captured",
+    "additional_keys", "additional_values", "rel_pos_bias", "key_mask",
+)  # fmt: skip
 
 
 def shard_attention(
@@ -54,19 +61,18 @@ def shard_attention(
     """`op` over the axes of `mesh`.
 
     Args:
-      op: `dot_product_attention`, `sliding_window_attention`, `block_sparse_attention`, `linear_attention` and its
-        named forms (`lightning_attention`, `retention`, `simple_gla`), `delta_rule` and its (`gated_delta_rule`,
-        `kda`).
+      op: `dot_product_attention`, `sliding_window_attention`, `block_sparse_attention`,
+        `neighborhood_attention`, `linear_attention` and its named forms (`lightning_attention`, `retention`,
+        `simple_gla`), `delta_rule` and its (`gated_delta_rule`, `kda`).
       mesh: the devices.
       batch, heads: mesh axes that split B, and the heads of queries, keys and values; every size must divide.
-      context: the mesh axis that splits the sequence into consecutive pieces of equal length.
+      context: the mesh axis that splits the sequence, or the first axis of a grid, into consecutive equal pieces.
       options: options of the op, none of them an array; a `BlockMask` may hold arrays, and its lists of batch rows or
         heads are split as those are.
 
     Returns:
-      `f(query, key, value, *, segment_ids=None, log_decay=None, slopes=None, gamma=None, beta=None,
-      initial_state=None, sinks=None, captured=None)` on global arrays, which returns what the op does. Only the array
-      arguments that the op has may be given. Every device has all that is captured.
+      `f(query, key, value, **arrays)` on global arrays, which returns what the op does; `arrays` are those of `ARRAYS`
+      that the op has. Every device has all that is captured, and all additional keys and values.
 
     Raises:
       NotImplementedError: another array, another result, or a combination with `context` that is not made: the
@@ -78,6 +84,7 @@ def shard_attention(
         dot_product_attention: _ring,
         sliding_window_attention: _halo,
         block_sparse_attention: gathered_attention,
+        neighborhood_attention: halo_attention,
         linear_attention: _state_scan,
         lightning_attention: _lightning_scan,
         retention: _retention_scan,
@@ -111,10 +118,12 @@ def shard_attention(
         static = dict(options)
         if context is None and _has_own_lists(options.get("block_mask")):
             arrays["block_mask"] = static.pop("block_mask")
-        token, state = P(batch, context, heads, None), P(batch, heads)
+        token, state = P(batch, context, *[None] * (query.ndim - 4), heads, None), P(batch, heads)
         gate = {1: P(heads), 3: P(batch, context, heads), 4: token}
         specs: dict[str, Any] = {"segment_ids": P(batch, context), "slopes": P(heads), "gamma": P(heads)}
         specs |= {"beta": gate[3], "initial_state": state, "sinks": P(heads), "captured": P()}
+        specs |= {"key_mask": P(batch, context), "rel_pos_bias": P(heads)}
+        specs |= dict.fromkeys(("additional_keys", "additional_values"), P(batch, None, heads))
         if "log_decay" in arrays:
             specs["log_decay"] = gate[arrays["log_decay"].ndim]
         if "block_mask" in arrays:
@@ -179,7 +188,7 @@ def _check_divides(
     mesh: Mesh | AbstractMesh, *named: tuple[str, Array], batch: Axes, heads: Axes, context: Axes
 ) -> None:
     for name, x in named:
-        for dimension, axes in ((0, batch), (1, context), (2, heads)):
+        for dimension, axes in ((0, batch), (1, context), (x.ndim - 2, heads)):
             devices = math.prod(mesh.shape[axis] for axis in _names(axes))
             if x.shape[dimension] % devices:
                 raise ValueError(
@@ -283,8 +292,8 @@ def _halo(
     back, ahead = min(left, others), min(right, others)
     own = jnp.ones(query.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     nothing = jax.lax.pmin(jnp.min(own), axis) - 1
-    before = _neighbours(back, axis, key, value, own - nothing)
-    after = _neighbours(-ahead, axis, key, value, own - nothing)
+    before = neighbours(back, axis, key, value, own - nothing)
+    after = neighbours(-ahead, axis, key, value, own - nothing)
     keys, values, ids = (
         jnp.concatenate([a, b, c], axis=1) for a, b, c in zip(before, (key, value, own - nothing), after, strict=True)
     )
@@ -292,23 +301,6 @@ def _halo(
     return sliding_window_attention(
         query, keys, values, window=(left, right), offset=back, segment_ids=(own - nothing, ids), **options
     )
-
-
-def _neighbours(count: int, axis: str, *arrays: Array) -> list[Array]:
-    """The last `count` tokens before this device's piece, or the first `-count` after it; zeros beyond the ends."""
-    devices = jax.lax.axis_size(axis)
-    length = arrays[0].shape[1]
-    step = 1 if count >= 0 else -1
-    pieces: list[list[Array]] = [[] for _ in arrays]
-    for hop in range(1, -(-abs(count) // length) + 1):
-        pairs = [(i, i + step * hop) for i in range(devices) if 0 <= i + step * hop < devices]
-        needed = min(length, abs(count) - (hop - 1) * length)
-        for piece, x in zip(pieces, arrays, strict=True):
-            part = x[:, length - needed :] if step > 0 else x[:, :needed]
-            piece.append(jax.lax.ppermute(part, axis, pairs))
-    return [
-        jnp.concatenate(piece[::-step], axis=1) if piece else x[:, :0] for piece, x in zip(pieces, arrays, strict=True)
-    ]
 
 
 def _lightning_scan(
