@@ -1,0 +1,1 @@
+"""Attention of images that is not query-key-value: gates computed from the image itself."""
