@@ -52,6 +52,20 @@ _MODULE_OF = {
     "position_aligned_attention": "sparse.pka",
     "keyword_mask": "sparse.pka",
     "keyword_scoped_attention": "sparse.pka",
+    "neighborhood_attention": "neighborhood.neighborhood",
+    "na1d": "neighborhood.neighborhood",
+    "na2d": "neighborhood.neighborhood",
+    "na3d": "neighborhood.neighborhood",
+    "na_qk": "neighborhood.unfused",
+    "na_av": "neighborhood.unfused",
+    "Neighborhood": "neighborhood.window",
+    "window_bounds": "neighborhood.window",
+    "inverse_window_bounds": "neighborhood.window",
+    "token_permute": "neighborhood.permute",
+    "token_unpermute": "neighborhood.permute",
+    "tile_plan": "neighborhood.tiles",
+    "tile_stats": "neighborhood.tiles",
+    "neighborhood_attention_step": "neighborhood.step",
     "linear_attention": "linear.recurrence",
     "linear_attention_step": "linear.recurrence",
     "LinearState": "linear.arguments",
@@ -84,6 +98,8 @@ _MODULE_OF = {
     "dsf_eigenvalues": "linear.dsf",
     "dsf_materialize": "linear.dsf",
     "dsf_scan": "linear.dsf",
+    "large_kernel_attention": "vision.large_kernel",
+    "ela": "vision.efficient_local",
     "apply_rotary": "positions",
     "as_attention_fn": "adapters",
     "explain": "dispatch",
@@ -91,8 +107,8 @@ _MODULE_OF = {
     "Entry": "catalog",
 }
 _SUBMODULES = (
-    "adapters", "catalog", "checks", "dispatch", "dot_product", "linear", "masks", "models", "nn", "positions",
-    "sharding", "sparse",
+    "adapters", "catalog", "checks", "dispatch", "dot_product", "linear", "masks", "models", "neighborhood", "nn",
+    "positions", "sharding", "sparse", "vision",
 )  # fmt: skip
 
 __all__ = sorted((*_MODULE_OF, *_SUBMODULES))  # pyright: ignore[reportUnsupportedDunderAll]

@@ -163,6 +163,17 @@ CATALOG: tuple[Entry, ...] = (
         features=frozenset({"grouped_heads", "value_dim", "cross", "lse", "segments"}),
     ),
     Entry(
+        name="neighborhood_1d",
+        op="jattn.neighborhood.neighborhood:na1d",
+        summary="softmax attention over a window of W keys that is moved inward at the ends, with strides and dilation",
+        paper="Hassani et al. 2024, section 2",
+        cost="T W (H + V)",
+        causality="may",
+        features=frozenset({"grouped_heads", "value_dim", "lse"}),
+        example=MappingProxyType({"kernel_size": 5, "stride": 2, "dilation": 2}),
+        golden="neighborhood_attention",
+    ),
+    Entry(
         name="linear",
         op="jattn.linear.recurrence:linear_attention",
         layer="jattn.nn.linear:LinearMixer",

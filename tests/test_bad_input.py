@@ -48,6 +48,7 @@ def good(entry: catalog.Entry) -> dict[str, Any]:
         x["key"] /= np.linalg.norm(x["key"], axis=-1, keepdims=True)
     x["segment_ids"] = np.sort(rng.integers(0, 3, (B, T))).astype(np.int32)
     x["mask"] = np.ones((B, 1, 1, T), bool)
+    x["key_mask"] = np.ones((B, T), bool)
     x["initial_state"] = LinearState(rng.standard_normal((B, K, H, V)).astype(np.float32), None)
     if "feature_map" in entry.features:
         S, z = rng.standard_normal((B, K, 2 * H, V)), rng.uniform(0.1, 1, (B, K, 2 * H))
@@ -130,6 +131,8 @@ def truth(entry: catalog.Entry, x: dict[str, Any]) -> np.ndarray:
         left, right = x["window"] if isinstance(x["window"], tuple) else (x["window"] - 1, 0)
         distance = distance + x.get("offset", 0)
         allowed = allowed & (distance <= left) & (distance >= -right)
+    if "kernel_size" in x:
+        allowed = allowed & in_windows(distance.shape[0], x)
     if "window_blocks" in x:
         size, last = x["block_size"], key.shape[2] - query.shape[2]
         blocks = (np.arange(query.shape[2])[:, None] + last) // size - np.arange(key.shape[2]) // size
@@ -186,6 +189,25 @@ def overwritten(wide: dict[str, np.ndarray], x: dict[str, Any]) -> np.ndarray:
     return x.get("scale", query.shape[3] ** -0.5) * out
 
 
+def in_windows(length: int, x: dict[str, Any]) -> np.ndarray:
+    """Who sees whom in a neighborhood, one group and one query after the other."""
+    window, stride, dilation = (np.ravel(x.get(n, 1))[0] for n in ("kernel_size", "stride", "dilation"))
+    window = min(window, length // dilation)
+    seen = np.zeros((length, length), bool)
+    for group in range(dilation):
+        tokens = np.arange(group, length, dilation)
+        for i in range(len(tokens)):
+            shared = [q for q in range(len(tokens)) if q // stride == i // stride]
+            if np.ravel(x.get("is_causal", False))[0]:
+                first, last = shared[-1] - window + 1, i
+            else:
+                leader = min(shared[0] + stride // 2, len(tokens) - 1)
+                first = min(max(leader - window // 2, 0), len(tokens) - window)
+                last = first + window - 1
+            seen[tokens[i], tokens[max(first, 0) : last + 1]] = True
+    return seen
+
+
 def shape_changes(x: np.ndarray) -> dict[str, Any]:
     """An array of which the rank or one size is another; sizes become 0, 1, one less, and twice as large."""
     changes: dict[str, Any] = {"one axis less": x[0], "one axis more": x[None], "no axis": x.ravel()[0:1].reshape(())}
@@ -225,6 +247,12 @@ NUMBERS = (0, -1, 2.5, True, "0.5", None, 1j, [1], np.ones(1, np.float32), (1, 2
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "window": (*NUMBERS, 4, 10**6, (0, 0), (2,), (1, 2, 3), (-1, 2), (1, 2.5), (1, True), "4"),
     "offset": (*NUMBERS, 1, -20),
+    "kernel_size": (*NUMBERS, 3, 6, 7, 10**6, (4,), (3, 3), [3]),
+    "stride": (*NUMBERS, 1, 3, 5, 6, (4,), (1, 1)),
+    "dilation": (*NUMBERS, 1, 14, (1,), (1, 2)),
+    "clamp_window": ("yes", None, 2, True, np.ones(1, bool)),
+    "q_tile": (*NUMBERS, 3, (20,), (2, 2)),
+    "kv_tile": (*NUMBERS, 3, (20,), (2, 2)),
     "block_size": (*NUMBERS, 16, 10**6),
     "window_blocks": (*NUMBERS, 3, 10**6),
     "sink_blocks": (*NUMBERS, 1, 10**6),
