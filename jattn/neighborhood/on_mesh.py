@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jattn.halo import neighbours
@@ -70,12 +71,12 @@ def halo_attention(
 
 
 def _reach(axis: Axis) -> tuple[int, int]:
-    """Rows before and after that a query sees far from the borders, in whole units of queries that share a window."""
+    """Rows that queries far from the borders see beyond their unit of stride x dilation rows, in whole units."""
     unit = axis.stride * axis.dilation
-    middle = 2 * math.ceil(axis.window / axis.stride) * axis.stride
-    long = axis._replace(extent=2 * (middle + axis.stride) * axis.dilation)
-    start, end = window_bounds(*long)
-    token = range(middle * axis.dilation, (middle + axis.stride) * axis.dilation)
-    back = max((t // axis.dilation - int(start[t])) * axis.dilation for t in token)
-    ahead = max((int(end[t]) - 1 - t // axis.dilation) * axis.dilation for t in token)
+    first = math.ceil(axis.window / axis.stride) * unit
+    start, end = window_bounds(*axis._replace(extent=2 * first + unit))
+    rows = np.arange(first, first + unit)
+    place = rows % axis.dilation
+    back = first - int(np.min(start[rows] * axis.dilation + place))
+    ahead = int(np.max((end[rows] - 1) * axis.dilation + place)) - (first + unit - 1)
     return math.ceil(back / unit) * unit, math.ceil(ahead / unit) * unit
