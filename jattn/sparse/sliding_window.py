@@ -53,7 +53,7 @@ from jattn.softmax_tile import (
     row_statistics,
     sink_gradient,
 )
-from pallas_kernels.block_sparse.attention import Platform
+from pallas_kernels.entry import Platform
 
 
 def sliding_window_attention(

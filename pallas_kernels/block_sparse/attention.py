@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,8 @@ from pallas_kernels.block_sparse.marks import LEAST_SCALE, choose_marks, marked_
 from pallas_kernels.block_sparse.tiling import LANES, Blocks, Tiling
 from pallas_kernels.block_sparse.walk import Problem
 from pallas_kernels.block_sparse.windows import Windows, check_windows, whole_windows
-from pallas_kernels.linear.call import alike, zeros_for_symbols
+from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
 
-Platform = Literal["tpu", "gpu", "interpret", "interpret_gpu"]
-GPU = ("gpu", "interpret_gpu")
 CAPTURED_BUDGET = 128 * 2**10
 SUBLANES = 8
 # Positions of queries and of keys in the smallest tile, and a head: what functions are asked with to learn about them.

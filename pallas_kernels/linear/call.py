@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.entry import Platform
 from pallas_kernels.linear import gates
 from pallas_kernels.linear.walk import Problem
-
-Platform = Literal["tpu", "gpu", "interpret", "interpret_gpu"]
 
 
 class Call(NamedTuple):
@@ -21,17 +19,6 @@ class Call(NamedTuple):
     out_dtype: Any
     platform: Platform
     tiling: Any  # a `Tiling`, or on GPU its `Blocks`
-
-
-def alike(*operands: Array) -> list[Array]:
-    """Inside `shard_map`: all of them varying along the mesh axes that any of them varies along."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
-    if not axes:
-        return list(operands)
-    missing = [axes - jax.typeof(x).manual_axis_type.varying for x in operands]
-    return [
-        jax.lax.pcast(x, tuple(lacks), to="varying") if lacks else x for x, lacks in zip(operands, missing, strict=True)
-    ]
 
 
 def given_gates(
@@ -64,10 +51,3 @@ def gate_arrays(p: Problem, log_decay: Array) -> tuple[Array, ...]:
 def flat(x: Array) -> Array:
     """Heads side by side along the lanes."""
     return x.reshape(*x.shape[:2], -1)
-
-
-def zeros_for_symbols(cotangents: tuple[Any, ...]) -> tuple[Array, ...]:
-    """The cotangents, with arrays of zeros for those that nothing depends on."""
-    return tuple(
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents
-    )

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
 from pallas_kernels.linear import channel_delta_gpu, channel_delta_tpu, delta_gpu, delta_tpu, gates, programs, tiling
-from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
+from pallas_kernels.linear.call import Call, flat, gate_arrays, given_gates
 from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
-
-GPU = ("gpu", "interpret_gpu")
 
 
 def delta_rule(

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.entry import Platform, alike, zeros_for_symbols
 from pallas_kernels.linear import additive, additive_tpu, gates, tiling
-from pallas_kernels.linear.call import Call, Platform, alike, flat, gate_arrays, given_gates, zeros_for_symbols
+from pallas_kernels.linear.call import Call, flat, gate_arrays, given_gates
 from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
 
