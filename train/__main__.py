@@ -16,8 +16,9 @@ python -m train VERB ...
   run RECIPE [--workdir D] [overrides]   train; goes on by itself when D holds a valid checkpoint
   compile RECIPE --topology T            whether it would fit chips that are not here, and what it would do there
   compare RECIPE --mixers A B            the same budget for several mixers and seeds: table, plot, JSON
+                 --models A B            of images, for several models and folds
   sample WORKDIR [options]               write text with a trained model
-  eval WORKDIR [options]                 bits per byte on held-out or other text
+  eval WORKDIR [options]                 the figures on held-out or other data
   export WORKDIR [options]               the weights as safetensors
   inspect WORKDIR                        what a checkpoint holds, whether it is whole, and which run made it
   launch slurm|gke|tpu_vm RECIPE         the script that runs it on many hosts, shown or submitted
@@ -133,20 +134,23 @@ class _SampleOptions:
 
 
 def _sample(arguments: list[str]) -> None:
-    from train import loop
-    from train.config import SampleConfig, parse_arguments
+    from train.config import RunConfig, SampleConfig, parse_arguments, read_config
     from train.data.tokenizer import load_tokenizer
+    from train.tasks.text import write_text
     from train.workdir import load
 
     if {"-h", "--help"} & {*arguments}:
         arguments = ["WORKDIR", "--help"]
     workdir, arguments = _take_run(arguments, "sample")
     options = parse_arguments(_SampleOptions, arguments, "sample WORKDIR")
-    config, program, state = load(workdir)
+    config = read_config(workdir / "config.json")
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{workdir}: was trained on {config.task}, and sample writes text; eval gives its figures")
     if config.data.recall.task is not None:
         raise UserError(
             f"{workdir}: was trained on {config.data.recall.task}, which is no text; eval gives its accuracy"
         )
+    _, program, state = load(workdir)
     tokenizer = load_tokenizer(config.data.tokenizer, workdir, None, config.model.vocab_size)
     sample = SampleConfig(
         (options.prompt,), options.tokens, options.temperature, options.top_p, options.top_k, options.min_p
@@ -154,7 +158,7 @@ def _sample(arguments: list[str]) -> None:
     config = dataclasses.replace(config, sample=sample)
     stream = _Utf8Printer()
     stream.write(options.prompt.encode())
-    loop.write_text(
+    write_text(
         program.model(state.weights),
         config,
         tokenizer,
@@ -179,20 +183,18 @@ class _Utf8Printer:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalOptions:
-    """Bits per byte of a trained model."""
+    """The figures of a trained model."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs to score whole; without any, the run's own held-out documents and sets."""
+    """Files, folders or globs to score whole; without any, what the run itself held out, and its own sets."""
     field: str = "text"
-    """Which field of a JSONL line holds the text."""
+    """Of text: which field of a JSONL line holds it."""
 
 
 def _eval(arguments: list[str]) -> None:
     import json
 
     from train.config import parse_arguments
-    from train.data.load import load_data, text_set
-    from train.data.sources import read_documents
     from train.evaluate import score
     from train.workdir import load
 
@@ -201,13 +203,9 @@ def _eval(arguments: list[str]) -> None:
     workdir, arguments = _take_run(arguments, "eval")
     options = parse_arguments(_EvalOptions, arguments, "eval WORKDIR")
     config, program, state = load(workdir)
-    loaded = load_data(config, workdir)
-    sets = loaded.evaluation
-    if options.data:
-        if loaded.tokenizer is None:
-            raise UserError(f"--data: {workdir} was trained on {config.data.recall.task}, which is no text")
-        texts = read_documents(options.data, options.field)
-        sets = {"data": text_set(texts, loaded.tokenizer, config.data.context, "--data")}
+    task = program.task
+    loaded = task.load(workdir)
+    sets = {"data": task.given(loaded, options.data, options.field)} if options.data else loaded.evaluation
     rows = config.data.batch // config.data.accumulate
     scores = {name: score(program, state.weights, one, rows) for name, one in sets.items()}
     print(json.dumps({"step": int(state.step), **scores}))

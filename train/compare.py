@@ -1,10 +1,12 @@
-"""The same budget for several token mixers: a table, a plot and JSON of what each reaches, over seeds.
+"""The same budget for several token mixers or image models: a table, a plot and JSON of what each reaches.
 
     python -m train compare pydoc_lm --mixers softmax lightning lightning+sliding_window --seeds 3
+    python -m train compare digits_nat --models nat van ela_resnet vit --folds 5
 
-Every mixer and seed is a run of its own in WORKDIR/MIXER/seed_K, which goes on by itself like any other, so an
-interrupted comparison goes on too. All runs share the recipe, its schedule and its data; only `model.pattern` differs.
-A figure is the mean over the seeds and, where there are several, their standard deviation (n - 1).
+Every mixer and seed (model and fold) is a run of its own in WORKDIR/MIXER/seed_K, which goes on by itself like any
+other, so an interrupted comparison goes on too. All runs share the recipe and its schedule; mixers differ in
+`model.pattern`, and models are those of the recipe's `models()`, which has about as many parameters in each. A figure
+is the mean over the seeds (folds) and, where there are several, their standard deviation (n - 1).
 """
 
 from __future__ import annotations
@@ -15,20 +17,37 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from train import metrics
-from train.config import RunConfig, load_recipe, parse_arguments, parse_overrides
-from train.data.load import HELD_OUT
+from train.config import (
+    CommonConfig,
+    RunConfig,
+    as_json,
+    load_models,
+    load_recipe,
+    parse_arguments,
+    parse_overrides,
+)
 from train.errors import UserError, user_errors
 from train.progress import clock, count
+from train.tasks import HELD_OUT
 from train.workdir import environment, make_folder, or_none, write_json
 
-FIGURES = ("bits_per_byte", "accuracy", "params", "tokens_per_second", "seconds", "steps")
+FIGURES = (
+    "bits_per_byte",
+    "accuracy",
+    "loss",
+    "params",
+    "tokens_per_second",
+    "images_per_second",
+    "seconds",
+    "steps",
+)
 """What is averaged over the seeds."""
 
 GRID = 60
@@ -41,14 +60,31 @@ type Runs = dict[str, list[dict[str, Any]]]
 """By mixer, one mapping for each finished seed: mixer, seed, workdir, `FIGURES` and the whole evaluation."""
 
 
+class Plan(NamedTuple):
+    """What is run.
+
+    Attributes:
+      what, repeat: what is compared, and what a run of it differs in from its others: "mixer" and "seed".
+      runs: configurations by name, and of each by the number of the repeat.
+    """
+
+    what: str
+    repeat: str
+    runs: Mapping[str, Mapping[int, CommonConfig]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """Train several mixers alike. Other options are overrides of the recipe: python -m train run RECIPE --help."""
+    """Train several mixers, or image models, alike. Other options are overrides: python -m train run RECIPE --help."""
 
-    mixers: tuple[str, ...]
-    """Catalog names; several joined by + take turns as layers, as in lightning+sliding_window."""
-    seeds: int = 3
-    """Runs of each mixer; their seeds count up from the recipe's."""
+    mixers: tuple[str, ...] = ()
+    """Of text: catalog names; several joined by + take turns as layers, as in lightning+sliding_window."""
+    seeds: int | None = None
+    """Of text: runs of each mixer, 3 by default; their seeds count up from the recipe's."""
+    models: tuple[str, ...] = ()
+    """Of images: names of the recipe's models."""
+    folds: int | None = None
+    """Of images: runs of each model, 5 by default; each holds out other images."""
     workdir: Path | None = None
     """Where runs and results go; runs/compare_RECIPE by default."""
 
@@ -67,41 +103,113 @@ def main(arguments: list[str]) -> None:
         )
     recipe, arguments = arguments[0], arguments[1:]
     options, overrides = parse_arguments(_Options, arguments, "compare RECIPE", return_unknown_args=True)
-    if any(override.split("=")[0] == "--model.pattern" for override in overrides):
-        raise UserError("--model.pattern: is what a comparison varies; name the patterns after --mixers")
-    config = parse_overrides(load_recipe(recipe), overrides)
-    compare(
-        recipe, config, options.mixers, options.seeds, options.workdir or Path("runs") / f"compare_{Path(recipe).stem}"
-    )
+    config = load_recipe(recipe)
+    on_text = isinstance(config, RunConfig)
+    wrong = {"--models": options.models, "--folds": options.folds}
+    if not on_text:
+        wrong = {"--mixers": options.mixers, "--seeds": options.seeds}
+    for flag, given in wrong.items():
+        if given:
+            raise UserError(
+                f"{flag}: {recipe} trains on {config.task}; {'--mixers' if on_text else '--models'} is for it"
+            )
+    varied, flag = ("--model.pattern", "mixers") if on_text else ("--model.", "models")
+    for override in overrides:
+        if override.split("=")[0] == varied or (not on_text and override.startswith(varied)):
+            raise UserError(f"{override.split('=')[0]}: is what a comparison varies; name the {flag} after --{flag}")
+    config = parse_overrides(config, overrides)
+    workdir = options.workdir or Path("runs") / f"compare_{Path(recipe).stem}"
+    if isinstance(config, RunConfig):
+        compare(recipe, config, options.mixers, 3 if options.seeds is None else options.seeds, workdir)
+    else:
+        folds = 5 if options.folds is None else options.folds
+        carry_out(recipe, of_models(config, load_models(recipe), options.models, folds), workdir)
 
 
 def compare(recipe: str, config: RunConfig, mixers: Sequence[str], seeds: int, workdir: Path) -> dict[str, Any] | None:
-    """Run `config` with each of `mixers` and `seeds` seeds in `workdir`, and return what `comparison.json` then holds.
+    """Run `config` with each of `mixers` and `seeds` seeds in `workdir`; see `carry_out`."""
+    return carry_out(recipe, of_mixers(config, mixers, seeds), workdir)
+
+
+def of_mixers(config: RunConfig, mixers: Sequence[str], seeds: int) -> Plan:
+    """`config` with each of the mixers and seeds.
+
+    Raises:
+      UserError: a mixer that is unknown or fits not.
+    """
+    _check_names("mixer", mixers)
+    _check_count("seed", seeds)
+    variants = {mixer: with_mixer(config, mixer) for mixer in mixers}
+    numbers = range(config.seed, config.seed + seeds)
+    return Plan(
+        "mixer",
+        "seed",
+        {
+            mixer: {seed: dataclasses.replace(variant, seed=seed) for seed in numbers}
+            for mixer, variant in variants.items()
+        },
+    )
+
+
+def of_models(config: CommonConfig, known: Mapping[str, Any], models: Sequence[str], folds: int) -> Plan:
+    """`config` with each of the models that it knows by these names, and with each fold held out.
+
+    Raises:
+      UserError: an unknown model, or more folds than there are.
+    """
+    _check_names("model", models)
+    _check_count("fold", folds)
+    for model in models:
+        if model not in known:
+            there = f"its models() has {', '.join(known)}" if known else "it has no function models()"
+            raise UserError(f"--models: the recipe knows no {model!r}; {there}")
+    variants = {model: dataclasses.replace(config, model=known[model]) for model in models}
+    return Plan(
+        "model",
+        "fold",
+        {
+            model: {
+                fold: dataclasses.replace(variant, data=dataclasses.replace(variant.data, fold=fold))
+                for fold in range(folds)
+            }
+            for model, variant in variants.items()
+        },
+    )
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    twice = [name for index, name in enumerate(names) if name in names[:index]]
+    if not names or twice:
+        raise UserError(
+            f"--{what}s: {twice[0]!r} is named twice" if twice else f"--{what}s: expected at least one {what}, got none"
+        )
+
+
+def _check_count(repeat: str, number: int) -> None:
+    if number < 1:
+        raise UserError(f"--{repeat}s: expected at least 1, got {number}")
+
+
+def carry_out(recipe: str, plan: Plan, workdir: Path) -> dict[str, Any] | None:
+    """Make the runs of `plan` in `workdir`, and return what `comparison.json` then holds.
 
     `None` when a signal stopped it; the same call goes on.
 
     Raises:
-      UserError: a mixer that is unknown or fits not, before anything runs; runs that failed, after everything else.
+      UserError: runs that failed, after everything else.
     """
     from train import loop
 
-    if seeds < 1:
-        raise UserError(f"--seeds: expected at least 1, got {seeds}")
-    twice = [mixer for index, mixer in enumerate(mixers) if mixer in mixers[:index]]
-    if not mixers or twice:
-        raise UserError(
-            f"--mixers: {twice[0]!r} is named twice" if twice else "--mixers: expected at least one mixer, got none"
-        )
-    variants = {mixer: with_mixer(config, mixer) for mixer in mixers}
     make_folder(workdir)
-    runs: Runs = {mixer: [] for mixer in mixers}
+    runs: Runs = {name: [] for name in plan.runs}
     failed: dict[str, str] = {}
+    numbers = list(next(iter(plan.runs.values())))
     # By seed first, so that a comparison that is stopped early has as much of one mixer as of another.
-    for seed in range(config.seed, config.seed + seeds):
-        for mixer, variant in variants.items():
-            folder = Path(mixer) / f"seed_{seed}"
+    for number in numbers:
+        for name, configs in plan.runs.items():
+            folder = Path(name) / f"{plan.repeat}_{number}"
             try:
-                summary = loop.run(dataclasses.replace(variant, seed=seed), workdir / folder)
+                summary = loop.run(configs[number], workdir / folder)
             except UserError as error:
                 failed[str(folder)] = str(error)
                 print(f"{workdir / folder}: failed: {error}")
@@ -109,25 +217,25 @@ def compare(recipe: str, config: RunConfig, mixers: Sequence[str], seeds: int, w
             if "stopped" in summary:
                 print(f"{workdir}: the comparison stopped in {folder}; the same command goes on")
                 return None
-            runs[mixer].append(_figures(summary, mixer, seed, folder))
+            runs[name].append({plan.what: name, plan.repeat: number, "workdir": str(folder)} | _figures(summary))
     result = {
         "recipe": recipe,
-        "seeds": list(range(config.seed, config.seed + seeds)),
+        f"{plan.repeat}s": numbers,
         "headline": headline(runs),
-        "mixers": {mixer: _over_seeds(finished) for mixer, finished in runs.items() if finished},
+        f"{plan.what}s": {name: _over_repeats(finished) for name, finished in runs.items() if finished},
         "runs": [run for finished in runs.values() for run in finished],
         "failed": failed,
-        "settings": {mixer: dataclasses.asdict(variant) for mixer, variant in variants.items()},
+        "settings": {name: as_json(configs[numbers[0]]) for name, configs in plan.runs.items()},
         "environment": environment(),
     }
     write_json(workdir / "comparison.json", result)
     if result["runs"]:
         plot(runs, workdir)
-        show(result, Console(width=None if sys.stdout.isatty() else 120))
+        show(plan, result, Console(width=None if sys.stdout.isatty() else 120))
         print(f"{workdir}: comparison.json, comparison.png, comparison.svg")
     if failed:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in failed.items())
-        raise UserError(f"{len(failed)} of {seeds * len(mixers)} runs failed ({reasons})")
+        raise UserError(f"{len(failed)} of {len(numbers) * len(runs)} runs failed ({reasons})")
     return result
 
 
@@ -154,15 +262,14 @@ def headline(runs: Runs) -> Literal["accuracy", "bits_per_byte"]:
     return "accuracy" if any("accuracy" in run for finished in runs.values() for run in finished) else "bits_per_byte"
 
 
-def _figures(summary: Mapping[str, Any], mixer: str, seed: int, folder: Path) -> dict[str, Any]:
+def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What a comparison keeps of a run's summary."""
     own = summary["evaluation"][HELD_OUT]
-    kept = {"mixer": mixer, "seed": seed, "workdir": str(folder), "evaluation": summary["evaluation"]}
-    kept |= {name: summary[name] for name in FIGURES if name in summary}
+    kept = {"evaluation": summary["evaluation"]} | {name: summary[name] for name in FIGURES if name in summary}
     return kept | {name: own[name] for name in FIGURES if name in own}
 
 
-def _over_seeds(finished: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+def _over_repeats(finished: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Mean and standard deviation of each figure; the latter is `None` for a single run."""
     table: dict[str, dict[str, float | None]] = {}
     for name in FIGURES:
@@ -176,21 +283,24 @@ def _over_seeds(finished: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
 # What a person sees
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """The table, best mixer first."""
-    name = result["headline"]
+def show(plan: Plan, result: Mapping[str, Any], console: Console) -> None:
+    """The table, best first."""
+    name, found = result["headline"], result[f"{plan.what}s"]
     sign = -1 if name == "accuracy" else 1
     columns: dict[str, tuple[str, Any]] = {
         "params": ("parameters", count),
         "bits_per_byte": ("bits per byte", "{:.4f}".format),
         "accuracy": ("accuracy", "{:.4f}".format),
+        "loss": ("loss", "{:.4f}".format),
         "tokens_per_second": ("tokens/s", count),
+        "images_per_second": ("images/s", count),
         "seconds": ("time", clock),
         "steps": ("steps", "{:.0f}".format),
     }
-    shown = [key for key in columns if any(key in figures for figures in result["mixers"].values())]
-    table = Table(title=f"{result['recipe']}, {len(result['seeds'])} seed(s), held-out figures", title_justify="left")
-    table.add_column("mixer", overflow="fold")
+    shown = [key for key in columns if any(key in figures for figures in found.values())]
+    repeats = f"{len(result[f'{plan.repeat}s'])} {plan.repeat}(s)"
+    table = Table(title=f"{result['recipe']}, {repeats}, held-out figures", title_justify="left")
+    table.add_column(plan.what, overflow="fold")
     for key in shown:
         table.add_column(columns[key][0], justify="right")
 
@@ -198,17 +308,17 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         value = figures.get(name, {}).get("mean")
         return math.inf if value is None else sign * value
 
-    for mixer, figures in sorted(result["mixers"].items(), key=lambda item: rank(item[1])):
+    for variant, figures in sorted(found.items(), key=lambda item: rank(item[1])):
         cells = []
         for key in shown:
             value, form = figures.get(key), columns[key][1]
             if value is None or value["mean"] is None:
                 cells.append("-")
-            elif key in ("bits_per_byte", "accuracy") and value["std"] is not None:
+            elif key in ("bits_per_byte", "accuracy", "loss") and value["std"] is not None:
                 cells.append(f"{form(value['mean'])} ± {value['std']:.4f}")
             else:
                 cells.append(form(value["mean"]))
-        table.add_row(mixer, *cells)
+        table.add_row(variant, *cells)
     console.print(table)
 
 
@@ -224,7 +334,8 @@ def plot(runs: Runs, workdir: Path) -> None:
     colours = {mixer: COLOURS[index % len(COLOURS)] for index, mixer in enumerate(runs)}
     rows = [metrics.read(workdir / run["workdir"] / "metrics.jsonl") for finished in shown.values() for run in finished]
     validated = min(sum(f"val_{name}" in row for row in one) for one in rows) > 2
-    field = f"val_{name}" if validated else "bits_per_byte"
+    of_training = "bits_per_byte" if any("bits_per_byte" in row for one in rows for row in one) else "loss"
+    field = f"val_{name}" if validated else of_training
     with mpl.rc_context({"svg.hashsalt": "jattn", "font.size": 11, "axes.edgecolor": RULE, "text.color": INK}):
         figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
@@ -244,7 +355,8 @@ def plot(runs: Runs, workdir: Path) -> None:
         right.set(xlabel=f"{label}, held out, at the end", ylim=(len(shown) - 0.4, -0.6))
         right.set_yticks(range(len(shown)), [mixer.replace("+", " +\n") for mixer in shown])
         right.xaxis.set_major_locator(MaxNLocator(5))
-        if name == "accuracy":
+        # From 0, models that are all nearly right could not be told apart.
+        if name == "accuracy" and min(run[name] for finished in shown.values() for run in finished) < 0.9:
             right.set_xlim(-0.03, 1.03)
         for axes, along in ((left, "y"), (right, "x")):
             axes.grid(axis=along, color=RULE, linewidth=1)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import jax
     from jax.sharding import Mesh
 
-    from train.config import RunConfig
+    from train.config import CommonConfig
     from train.hlo import Traffic
 
 USAGE = """\
@@ -43,6 +43,7 @@ class Report:
     """What compiling a step told. Bytes and FLOPs are those of one device unless they say otherwise.
 
     Attributes:
+      tokens: units of work in a step, `unit`s.
       memory: bytes by what takes them; empty when the compiler ran out of memory.
       total: bytes in all, `capacity` of them available.
       model_flops: of a step on all devices, recomputation not counted.
@@ -72,6 +73,7 @@ class Report:
     stack_gathers: int
     seconds: float
     changes: list[str]
+    unit: str = "tokens"
 
 
 def main(arguments: list[str]) -> None:
@@ -116,7 +118,7 @@ def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def place(config: RunConfig, devices: Sequence[jax.Device]) -> Mesh:
+def place(config: CommonConfig, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of `config`.
 
     Raises:
@@ -130,7 +132,7 @@ def place(config: RunConfig, devices: Sequence[jax.Device]) -> Mesh:
         raise UserError(f"{error}; {' '.join(_fitting_mesh(config, len(devices)))} does") from None
 
 
-def _fitting_mesh(config: RunConfig, devices: int) -> list[str]:
+def _fitting_mesh(config: CommonConfig, devices: int) -> list[str]:
     """Overrides for a mesh near the wanted one that has as many devices as there are."""
     sizes = {}
     for axis, wanted in (
@@ -143,7 +145,7 @@ def _fitting_mesh(config: RunConfig, devices: int) -> list[str]:
     return [f"--mesh.data {devices}", *(f"--mesh.{axis} {size}" for axis, size in sizes.items())]
 
 
-def analyse(recipe: str, config: RunConfig, topology: str) -> Report:
+def analyse(recipe: str, config: CommonConfig, topology: str) -> Report:
     """Compile the training step of `config` for `topology`, without running anything; after `prepare`.
 
     Raises:
@@ -160,8 +162,8 @@ def analyse(recipe: str, config: RunConfig, topology: str) -> Report:
     mesh = place(config, devices)
     program = make_program(config, mesh)
     start = time.perf_counter()
-    shapes = _step_shapes(config, program, mesh)
-    model = program.model(program.state_shape.parameters)
+    shapes = _step_shapes(program, mesh)
+    model = program.model(program.state_shape.weights)
     capacity = MEMORY[devices[0].device_kind]
     memory: dict[str, int] = {}
     text, compiler_flops = "", 0.0
@@ -193,12 +195,12 @@ def analyse(recipe: str, config: RunConfig, topology: str) -> Report:
         devices=len(devices),
         mesh=dict(mesh.shape),
         parameters=count_parameters(model),
-        tokens=config.data.batch * config.data.context,
+        tokens=program.task.units,
         fits=fits,
         total=total,
         capacity=capacity,
         memory=memory,
-        model_flops=3 * model.flops(config.data.batch, config.data.context),
+        model_flops=3 * program.task.flops(model),
         compiler_flops=compiler_flops,
         traffic=hlo.traffic(found),
         unit_weights=sum(math.prod(split) > 1 for _, split in stacked),
@@ -206,10 +208,11 @@ def analyse(recipe: str, config: RunConfig, topology: str) -> Report:
         stack_gathers=len(of_stack),
         seconds=seconds,
         changes=[] if fits else list(changes(config, devices, model)),
+        unit=program.task.unit,
     )
 
 
-def _step_shapes(config: RunConfig, program: Any, mesh: Mesh) -> tuple[Any, ...]:
+def _step_shapes(program: Any, mesh: Mesh) -> tuple[Any, ...]:
     """What `program.step` takes, as shapes that say where they live."""
     import jax
     import jax.numpy as jnp
@@ -218,12 +221,10 @@ def _step_shapes(config: RunConfig, program: Any, mesh: Mesh) -> tuple[Any, ...]
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    size = (config.data.batch, config.data.context)
     batch = {
-        name: array(size, jnp.int32, program.batch_sharding)
-        for name in ("tokens", "targets", "segment_ids", "positions")
+        name: array(shape, dtype, program.batch_sharding)
+        for name, (shape, dtype) in program.task.batch_shapes().items()
     }
-    batch["weights"] = array(size, jnp.float32, program.batch_sharding)
     factor = array((), jnp.float32, NamedSharding(mesh, PartitionSpec()))
     request = array((mesh.size,), jnp.int32, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     return program.state_shape, batch, factor, request
@@ -267,49 +268,27 @@ def _stacked(parameters: Any) -> Iterator[tuple[tuple[int, ...], list[int]]]:
             yield leaf.shape, [whole // part for whole, part in zip(leaf.shape, local, strict=True)]
 
 
-def changes(config: RunConfig, devices: Sequence[jax.Device], model: Any) -> Iterator[str]:
+def changes(config: CommonConfig, devices: Sequence[jax.Device], model: Any) -> Iterator[str]:
     """Overrides that make every device hold less, each of them one that the configuration allows."""
-    mesh, data = dict(place(config, devices).shape), config.data
-    rows = mesh["data"] * mesh["fsdp"]
-    each = data.batch // data.accumulate // rows
-    layers = f"{config.model.num_layers} layers"
+    from train.tasks import task_of
 
-    def allowed(**axes: int) -> bool:
-        return _divides(config, devices, model, {**mesh, **axes})
-
-    def flags(**axes: int) -> str:
-        return " ".join(f"--mesh.{axis} {size}" for axis, size in axes.items())
-
-    if config.model.remat == "none":
-        yield f"--model.remat dots   keep only matmul results of {layers} for the backward pass"
-    if config.model.remat != "full":
-        yield f"--model.remat full   keep only the input of each unit of {layers}"
-    if mesh["data"] > 1 and allowed(data=1, fsdp=rows):
-        yield f"{flags(data=1, fsdp=rows)}   weights and optimiser over {rows} devices, not {mesh['fsdp']}"
-    if each % 2 == 0:
-        yield f"--data.accumulate {2 * data.accumulate}   the batch in parts, {each // 2} sequences a device"
-        yield f"--data.batch {data.batch // 2}   half of the sequences"
-    for axis, why in (("context", "tokens of a sequence"), ("tensor", "heads and channels of a layer")):
-        for source in ("data", "fsdp"):
-            moved = {source: mesh[source] // 2, axis: 2 * mesh[axis]}
-            if mesh[source] % 2 == 0 and allowed(**moved):
-                yield f"{flags(**moved)}   {why} over {2 * mesh[axis]} devices"
-                break
-    if data.context % (2 * mesh["context"]) == 0:
-        yield f"--data.context {data.context // 2}   half of the tokens in a sequence"
+    sizes = dict(place(config, devices).shape)
+    return task_of(config).smaller(sizes, lambda **axes: _divides(config, devices, model, {**sizes, **axes}))
 
 
-def _divides(config: RunConfig, devices: Sequence[jax.Device], model: Any, sizes: dict[str, int]) -> bool:
+def _divides(config: CommonConfig, devices: Sequence[jax.Device], model: Any, sizes: dict[str, int]) -> bool:
     """Whether the parameters and the batch divide over a mesh of these sizes."""
     from flax import nnx
 
     from train import sharding
     from train.config import MeshConfig
+    from train.tasks import task_of
 
+    task = task_of(config)
     try:
         mesh = place(dataclasses.replace(config, mesh=MeshConfig(**sizes)), devices)
-        sharding.check_batch(mesh, config.data.batch // config.data.accumulate, config.data.context)
-        sharding.parameter_shardings(nnx.state(model, nnx.Param), mesh)
+        task.check_batch(mesh)
+        sharding.parameter_shardings(nnx.state(model, nnx.Param), mesh, task.rules)
     except UserError:
         return False
     return True
@@ -323,7 +302,7 @@ def show(report: Report) -> None:
     console = Console(highlight=False, soft_wrap=True)
     axes = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1) or "one device"
     console.print(f"[bold]{report.recipe}[/bold] on {report.topology}: {report.devices} x {report.device} ({axes})")
-    console.print(f"  {report.parameters:,} parameters, {report.tokens:,} tokens a step")
+    console.print(f"  {report.parameters:,} parameters, {report.tokens:,} {report.unit} a step")
     flops = f"  {report.model_flops:.3g} FLOPs a step"
     if report.compiler_flops:
         flops += f"; a device's share {report.model_flops / report.devices:.3g}, "

@@ -1,6 +1,7 @@
 """What a run is: frozen dataclasses, every field of which is a command-line override.
 
-A recipe (`train/recipes/NAME.py`, or a file of the user's own) is a function `config() -> RunConfig`.
+A recipe (`train/recipes/NAME.py`, or a file of the user's own) is a function `config()` that returns a `RunConfig`,
+which trains on text, or an `ImageRunConfig` (`train.image_config`), which trains on images.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pkgutil
 import runpy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from jattn.models.lm import LMConfig
 from train.data.sources import VOCABULARY
@@ -154,18 +155,21 @@ class SampleConfig:
     min_p: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """One training run."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What every training run has, whatever it trains on."""
 
-    model: LMConfig
+    task: ClassVar[str]
+    """The module of `train.tasks` that does what is this run's own."""
+    rows: ClassVar[str]
+    """What a row of a batch is, for messages."""
+
+    model: Any
     schedule: ScheduleConfig
-    data: DataConfig = DataConfig()
+    data: Any
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    sample: SampleConfig = SampleConfig()
     guard: GuardConfig = GuardConfig()
-    conversion: ConversionConfig = ConversionConfig()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. "auto" is bfloat16 where the device multiplies in it."""
     seed: int = 0
@@ -182,20 +186,11 @@ class RunConfig:
     """First and last step of a profiler trace, written to the folder `profile`."""
 
     def __post_init__(self) -> None:
-        schedule, data, sample = self.schedule, self.data, self.sample
-        if data.tokenizer is None and data.recall.task is None and self.model.vocab_size != VOCABULARY:
-            raise UserError(
-                f"model.vocab_size: a token is a byte, so expected {VOCABULARY}, got {self.model.vocab_size}; "
-                f"data.tokenizer brings another vocabulary"
-            )
-        if data.weights and len(data.weights) != len(data.source):
-            raise UserError(
-                f"data.weights: expected one for each of {len(data.source)} sources, got {len(data.weights)}"
-            )
-        if not all(0 < weight < float("inf") for weight in data.weights):
-            raise UserError(f"data.weights: expected positive numbers, got {data.weights}")
+        schedule, data = self.schedule, self.data
         if data.batch % max(data.accumulate, 1):
-            raise UserError(f"data.batch: {data.batch} sequences do not divide by data.accumulate = {data.accumulate}")
+            raise UserError(
+                f"data.batch: {data.batch} {self.rows} do not divide by data.accumulate = {data.accumulate}"
+            )
         if self.optimizer.ema is not None and not 0 < self.optimizer.ema < 1:
             raise UserError(
                 f"optimizer.ema: expected a decay in (0, 1), got {self.optimizer.ema}; None switches it off"
@@ -210,40 +205,84 @@ class RunConfig:
             raise UserError(
                 f"schedule: give one of steps and seconds, got {schedule.steps} and {schedule.seconds}; None is neither"
             )
-        for name, value, least in (
+        check_least(
             ("schedule.steps", schedule.steps, 1),
-            ("data.context", data.context, 1),
             ("data.batch", data.batch, 1),
             ("data.accumulate", data.accumulate, 1),
-            ("conversion.steps", self.conversion.steps, 0),
             ("guard.max_nonfinite", self.guard.max_nonfinite, 1),
             ("guard.spike_window", self.guard.spike_window, 2),
             ("guard.max_rollbacks", self.guard.max_rollbacks, 1),
             ("log_every", self.log_every, 1),
             ("eval_every", self.eval_every, 1),
             ("keep_checkpoints", self.keep_checkpoints, 1),
-            ("sample.tokens", sample.tokens, 1),
-            ("sample.top_k", sample.top_k, 1),
             ("seed", self.seed, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{name}: expected at least {least}, got {value}")
+        )
         for name, number in (("schedule.seconds", schedule.seconds), ("optimizer.clip_norm", self.optimizer.clip_norm)):
             if number is not None and not number > 0:
                 raise UserError(f"{name}: expected a positive number, got {number}")
-        for name, fraction in (
+        check_fractions(
             ("schedule.warmup", schedule.warmup),
             ("schedule.decay_fraction", schedule.decay_fraction),
             ("schedule.final", schedule.final),
             ("data.holdout", data.holdout),
-        ):
-            if not 0 <= fraction <= 1:
-                raise UserError(f"{name}: expected a fraction in [0, 1], got {fraction}")
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(CommonConfig):
+    """One training run of a language model."""
+
+    task: ClassVar[str] = "text"
+    rows: ClassVar[str] = "sequences"
+
+    model: LMConfig
+    data: DataConfig = DataConfig()
+    sample: SampleConfig = SampleConfig()
+    conversion: ConversionConfig = ConversionConfig()
+
+    def __post_init__(self) -> None:
+        data, sample = self.data, self.sample
+        if data.tokenizer is None and data.recall.task is None and self.model.vocab_size != VOCABULARY:
+            raise UserError(
+                f"model.vocab_size: a token is a byte, so expected {VOCABULARY}, got {self.model.vocab_size}; "
+                f"data.tokenizer brings another vocabulary"
+            )
+        if data.weights and len(data.weights) != len(data.source):
+            raise UserError(
+                f"data.weights: expected one for each of {len(data.source)} sources, got {len(data.weights)}"
+            )
+        if not all(0 < weight < float("inf") for weight in data.weights):
+            raise UserError(f"data.weights: expected positive numbers, got {data.weights}")
+        super().__post_init__()
+        check_least(
+            ("data.context", data.context, 1),
+            ("conversion.steps", self.conversion.steps, 0),
+            ("sample.tokens", sample.tokens, 1),
+            ("sample.top_k", sample.top_k, 1),
+        )
         if not 0 <= sample.temperature < float("inf"):
             raise UserError(f"sample.temperature: expected a number of at least 0, got {sample.temperature}")
         for name, share in (("sample.top_p", sample.top_p), ("sample.min_p", sample.min_p)):
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"{name}: expected a fraction in (0, 1], got {share}; None switches it off")
+
+
+CONFIGS = {"text": "train.config:RunConfig", "images": "train.image_config:ImageRunConfig"}
+"""The configuration of each task, as module:class."""
+
+
+def check_least(*entries: tuple[str, int | None, int]) -> None:
+    """Each (name, value, least) has a value of at least `least`, or `None`."""
+    for name, value, least in entries:
+        if value is not None and value < least:
+            raise UserError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_fractions(*entries: tuple[str, float]) -> None:
+    """Each (name, value) has a value in [0, 1]."""
+    for name, fraction in entries:
+        if not 0 <= fraction <= 1:
+            raise UserError(f"{name}: expected a fraction in [0, 1], got {fraction}")
 
 
 def recipes() -> list[str]:
@@ -252,29 +291,37 @@ def recipes() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def load_recipe(name: str) -> RunConfig:
+def load_recipe(name: str) -> CommonConfig:
     """The configuration that recipe `name` returns, one of `recipes()` or a file of the user's own."""
+    made = _recipe(name).get("config")
+    config = made() if callable(made) else made
+    if not isinstance(config, CommonConfig):
+        known = " or a ".join(where.replace(":", ".") for where in CONFIGS.values())
+        raise UserError(f"recipe: {name} has no function config() that returns a {known}")
+    return config
+
+
+def load_models(name: str) -> dict[str, Any]:
+    """The models that `compare` may put into the recipe: what its `models()` returns, by name; none without one."""
+    models = _recipe(name).get("models")
+    return models() if callable(models) else {}
+
+
+def _recipe(name: str) -> Mapping[str, Any]:
+    """What the recipe's file defines."""
     if name.endswith(".py"):
-        return _load_file(name)
+        if not Path(name).is_file():
+            raise UserError(f"recipe: there is no file {name}")
+        return runpy.run_path(os.path.abspath(name))
     known = recipes()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise UserError(f"no recipe is called {name!r}; {hint}, and a file of your own ends in .py")
-    return importlib.import_module(f"train.recipes.{name}").config()
+    return vars(importlib.import_module(f"train.recipes.{name}"))
 
 
-def _load_file(path: str) -> RunConfig:
-    if not Path(path).is_file():
-        raise UserError(f"recipe: there is no file {path}")
-    made = runpy.run_path(os.path.abspath(path)).get("config")
-    config = made() if callable(made) else made
-    if not isinstance(config, RunConfig):
-        raise UserError(f"recipe: {path} has no function config() that returns a train.config.RunConfig")
-    return config
-
-
-def parse_overrides(config: RunConfig, arguments: list[str]) -> RunConfig:
+def parse_overrides[Config: CommonConfig](config: Config, arguments: list[str]) -> Config:
     """`config` with command-line overrides such as `--model.width 64`; `--help` prints them all and exits."""
     known = set(_flags(config))
     for argument in arguments:
@@ -285,7 +332,9 @@ def parse_overrides(config: RunConfig, arguments: list[str]) -> RunConfig:
             near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists them"
             raise UserError(f"no field is called {flag}; {hint}")
-    return parse_arguments(RunConfig, arguments, "run RECIPE", default=config)
+    from tyro.conf import AvoidSubcommands  # a field of several types keeps the type that the recipe gave it
+
+    return parse_arguments(AvoidSubcommands[type(config)], arguments, "run RECIPE", default=config)  # type: ignore[misc]
 
 
 def parse_arguments(target: Callable[..., Any], arguments: list[str], verb: str, **options: Any) -> Any:
@@ -331,14 +380,54 @@ def _flags(value: Any, prefix: str = "--") -> Iterator[str]:
                 yield f"{prefix}no-{name.replace('_', '-')}"
 
 
-def save_config(config: RunConfig, path: Path) -> None:
+def as_json(config: CommonConfig) -> dict[str, Any]:
+    """`config` as JSON, from which `from_json` makes it again.
+
+    A run that is not of text says its "task", and a field of several types the "type" of its value.
+    """
+    task = {} if config.task == RunConfig.task else {"task": config.task}
+    return task | _values(config)
+
+
+def _values(value: Any) -> dict[str, Any]:
+    hints = get_type_hints(type(value))
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        entry = getattr(value, field.name)
+        if dataclasses.is_dataclass(entry):
+            mark = {"type": type(entry).__name__} if _kinds(hints[field.name]) else {}
+            entry = mark | _values(entry)
+        found[field.name] = entry
+    return found
+
+
+def _kinds(hint: Any) -> dict[str, Any]:
+    """The dataclasses of a union by name."""
+    return {kind.__name__: kind for kind in get_args(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+
+
+def from_json(values: Mapping[str, Any], where: str) -> CommonConfig:
+    """The configuration that `as_json` described.
+
+    Raises:
+      UserError: an unknown task, type or field; it begins with `where`.
+    """
+    values = dict(values)
+    task = values.pop("task", RunConfig.task)
+    if task not in CONFIGS:
+        raise UserError(f"{where}: no task is called {task!r}, there are {', '.join(CONFIGS)}")
+    module, _, name = CONFIGS[task].partition(":")
+    return _build(getattr(importlib.import_module(module), name), values, where)
+
+
+def save_config(config: CommonConfig, path: Path) -> None:
     """Write `config` as JSON, whole or not at all."""
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    draft.write_text(json.dumps(as_json(config), indent=2) + "\n")
     os.replace(draft, path)
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path) -> CommonConfig:
     """The configuration that `save_config` wrote; an unknown key is an error that names it."""
     try:
         values = json.loads(path.read_text())
@@ -347,19 +436,29 @@ def read_config(path: Path) -> RunConfig:
     except ValueError as problem:
         raise UserError(f"{path}: is not JSON ({problem}); restore the file or start in another workdir") from None
     with user_errors(str(path)):
-        return _build(RunConfig, values, path.name)
+        return from_json(values, path.name)
 
 
-def _build(kind: Any, values: Any, where: str) -> Any:
+def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
     hints = get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise UserError(f"{where}: {kind.__name__} has no field {unknown[0]!r}; it was written by another version")
-    arguments = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _build(hints[name], value, where)
-        elif isinstance(value, list):
-            value = tuple(value)
-        arguments[name] = value
-    return kind(**arguments)
+    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where.partition(":")[0])
+    if kinds := _kinds(hint):
+        own = dict(value)
+        name = own.pop("type", None)
+        if name not in kinds:
+            raise UserError(f"{where}: expected one of the types {', '.join(kinds)}, got {name}")
+        return _build(kinds[name], own, where.partition(":")[0])
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, which JSON makes of tuples, as tuples again."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

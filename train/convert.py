@@ -29,13 +29,14 @@ from jattn.nn.softmax import RotaryBlock, SoftmaxMixer
 from train import distributed
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, read_config
-from train.data.load import HELD_OUT, RunData
+from train.data.load import RunData
 from train.data.pipeline import TrainData
 from train.errors import UserError
 from train.evaluate import place, score
 from train.sharding import make_mesh, path_name
 from train.signals import Stop
 from train.step import Batch, Program, TrainState, make_program, mesh_layout, resolve_precision
+from train.tasks import HELD_OUT
 from train.workdir import CHECKPOINTS, write_json
 
 # The mixers that softmax can become, and the weights that only they have.
@@ -160,7 +161,7 @@ def _distil(
 def _load_teacher(config: RunConfig, say: Callable[[str], None]) -> tuple[Program, Any, int]:
     """The softmax run's functions on this run's devices, its weights, and the step they are of."""
     source = Path(config.conversion.source or "")
-    own = read_config(source / "config.json")
+    own = _read_source(source)
     teacher = dataclasses.replace(own, data=config.data, mesh=config.mesh, precision=config.precision)
     teacher_program = make_program(resolve_precision(teacher), make_mesh(config.mesh))
     with Checkpoints(source / CHECKPOINTS, say=say) as checkpoints:
@@ -179,7 +180,7 @@ def check_source(config: RunConfig) -> None:
         them; the message has the overrides that make the two one.
     """
     source = Path(config.conversion.source or "")
-    own = read_config(source / "config.json")
+    own = _read_source(source)
     teacher, student = own.model, config.model
     if "softmax" not in teacher.pattern:
         raise UserError(
@@ -196,6 +197,13 @@ def check_source(config: RunConfig) -> None:
     if before != now:
         raise UserError(f"model.mixer-options: expected {before}, as {source} has them, got {now}")
     _check_tokenizer(source, own.data.tokenizer, config.data.tokenizer)
+
+
+def _read_source(source: Path) -> RunConfig:
+    own = read_config(source / "config.json")
+    if not isinstance(own, RunConfig):
+        raise UserError(f"conversion.source: {source} was trained on {own.task} and has no language model")
+    return own
 
 
 def _target(model: LMConfig) -> str:

@@ -1,47 +1,41 @@
-"""The figures of a set of texts: bits per byte, every token but a document's first scored once, and accuracy."""
+"""The figures of a held-out set: what its task adds up over batches, and what it makes of the sums."""
 
 from __future__ import annotations
 
-import bz2
-import lzma
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from train.data.load import EvalSet
 from train.data.packing import eval_batches
-from train.data.sources import Document
 from train.step import Program
+from train.tasks import EvalSet
 
 IN_FLIGHT = 2
 """Batches that are scored while the next is made; more would fill the device with batches of a large set."""
 
-COMPRESSED_AT_MOST = 16 * 2**20
-"""Bytes of text: `xz -9e` reads about 2 MB a second, and a run should not wait minutes for a yardstick."""
-
 
 def score(program: Program, weights: Any, evaluated: EvalSet, batch: int) -> dict[str, float]:
-    """The figures of one set.
+    """The figures of one set, such as "bits_per_byte".
 
     Args:
-      program: compiled for batches of `batch` sequences.
+      program: compiled for batches of `batch` rows.
       weights: of the model.
-
-    Returns:
-      "bits_per_byte", the cross-entropy of all tokens over the bytes of their text (over the tokens, where they stand
-      for no text); for a recall task also "accuracy", the share of answers that are the likeliest token.
     """
+    return program.task.figures(add_up(program, weights, evaluated, batch), evaluated)
+
+
+def add_up(program: Program, weights: Any, evaluated: EvalSet, batch: int) -> dict[str, np.ndarray]:
+    """The sums of `program.evaluate` over one set, in float64. Arguments as of `score`."""
     batches = eval_batches(
         evaluated.windows, batch, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    totals: dict[str, float] = {}
+    totals: dict[str, np.ndarray] = {}
     pending: list[dict[str, jax.Array]] = []
 
     def read() -> None:
         for name, value in pending.pop(0).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+            totals[name] = totals.get(name, np.float64(0)) + np.asarray(value, np.float64)
 
     for rows in batches:
         pending.append(program.evaluate(weights, place(rows, program)))
@@ -49,32 +43,9 @@ def score(program: Program, weights: Any, evaluated: EvalSet, batch: int) -> dic
             read()
     while pending:
         read()
-    count = totals["weight"] if evaluated.bytes is None else evaluated.bytes
-    figures = {"bits_per_byte": totals["loss"] / count / math.log(2)}
-    if "correct" in totals:
-        figures["accuracy"] = totals["correct"] / totals["weight"]
-    return figures
+    return totals
 
 
 def place(batch: dict[str, Any], program: Program) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays on the mesh."""
     return {name: jax.make_array_from_process_local_data(program.batch_sharding, rows) for name, rows in batch.items()}
-
-
-def compressor_baselines(training: Sequence[Document], held_out: Sequence[Document]) -> dict[str, float]:
-    """Bits per byte of general compressors on the held-out text, alone and after they have seen the training text.
-
-    The second figure is the growth of the archive when the held-out text is put behind the training text, so it is
-    what the compressor needs once it knows what the model knows. More than `COMPRESSED_AT_MOST` is not compressed.
-    """
-    known, text = b"\n".join(training), b"\n".join(held_out)
-    if len(known) + len(text) > COMPRESSED_AT_MOST:
-        return {}
-    preset = 9 | lzma.PRESET_EXTREME
-    alone = len(lzma.compress(text, preset=preset))
-    growth = len(lzma.compress(known + b"\n" + text, preset=preset)) - len(lzma.compress(known, preset=preset))
-    return {
-        "xz -9e, held-out text alone": 8 * alone / len(text),
-        "xz -9e, after the training text": 8 * growth / len(text),
-        "bzip2 -9, held-out text alone": 8 * len(bz2.compress(text, 9)) / len(text),
-    }

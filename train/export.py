@@ -99,7 +99,7 @@ class _Options:
 
 def main(arguments: list[str]) -> None:
     """`python -m train export WORKDIR [--output F] [--dtype D]`."""
-    from train.config import parse_arguments
+    from train.config import as_json, parse_arguments
     from train.workdir import load
 
     if {"-h", "--help"} & {*arguments}:
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
     options = parse_arguments(_Options, arguments[1:], "export WORKDIR")
     config, _, state = load(workdir)
     output = Path(options.output) if options.output else workdir / "model.safetensors"
-    metadata = {"config": json.dumps(dataclasses.asdict(config)), "step": str(int(state.step))}
+    metadata = {"config": json.dumps(as_json(config)), "step": str(int(state.step))}
     write_safetensors(state.weights, output, metadata, options.dtype)
     leaves = jax.tree.leaves(state.weights)
     print(f"{output}: {len(leaves)} arrays, {sum(x.size for x in leaves):,} numbers, step {int(state.step)}")

@@ -11,16 +11,12 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jattn.models.generate import generate
 from jattn.models.lm import count_parameters
-from train import convert, distributed, report
+from train import distributed, report
 from train.checkpoint import Checkpoints
-from train.config import RunConfig, save_config
-from train.data.load import RunData, load_data
+from train.config import CommonConfig, save_config
 from train.data.pipeline import TrainData
-from train.data.tokenizer import Tokenizer
 from train.errors import UserError
-from train.evaluate import compressor_baselines
 from train.export import write_safetensors
 from train.lock import lock
 from train.progress import Progress
@@ -28,12 +24,13 @@ from train.records import Records
 from train.schedule import Clock
 from train.sharding import make_mesh
 from train.signals import stop_signals
-from train.step import TrainState, make_program, resolve_precision
+from train.step import Program, TrainState, make_program, resolve_precision
+from train.tasks import HELD_OUT, RunData, Task, task_of
 from train.trainer import Trainer
 from train.workdir import CHECKPOINTS, check_same_run, environment, finished, make_folder, or_none, write_json
 
 
-def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> dict[str, Any]:
+def run(config: CommonConfig, workdir: Path, *, started: float | None = None) -> dict[str, Any]:
     """Train `config` in `workdir`, from its newest valid checkpoint if it has one, and return the summary.
 
     Leaves there what `train/workdir.py` lists. With many processes, all call this with the same arguments and a folder
@@ -62,7 +59,7 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
         return summary
     with ExitStack() as stack:
         distributed.decide("folder", lambda: _claim(stack, workdir))
-        loaded = _load_data(config, workdir)
+        loaded = _load_data(task_of(config), workdir)
         program = make_program(resolve_precision(config), make_mesh(config.mesh))
         data = TrainData(loaded.windows, config.data.batch, jax.process_index(), jax.process_count())
         distributed.decide("configuration", lambda: _describe(config, workdir))
@@ -80,16 +77,15 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
         checkpoints.clean()
         if latest is None:
             state = program.init(config.seed)
-            if config.conversion.source is not None:
-                begun = convert.converted(config, workdir, program, state, loaded, data, stop, progress.say)
-                if begun is None:
-                    return {"stopped": stop.requested or "another process", "steps": 0}
-                state = begun
+            begun = program.task.begin(workdir, program, state, loaded, data, stop, progress.say)
+            if begun is None:
+                return {"stopped": stop.requested or "another process", "steps": 0}
+            state = begun
             records.truncate(after=0)
-            size = count_parameters(program.model(program.state_shape.parameters))
+            size = count_parameters(program.model(program.state_shape.weights))
             progress.say(
-                f"{workdir}: {size:,} parameters, {loaded.described}, {data.tokens_per_step:,} tokens a step on "
-                f"{jax.device_count()} {jax.default_backend()} device(s)"
+                f"{workdir}: {size:,} parameters, {loaded.described}, {program.task.units:,} {program.task.unit} a "
+                f"step on {jax.device_count()} {jax.default_backend()} device(s)"
             )
         else:
             state = trainer.restore(latest, batches)
@@ -100,13 +96,13 @@ def run(config: RunConfig, workdir: Path, *, started: float | None = None) -> di
             who = stop.requested or "another process"
             progress.say(f"stopped by {who} at step {step}, saved; the same command goes on")
             return {"stopped": who, "steps": step}
-        return _finish(config, workdir, loaded, program.model(state.weights), state, trainer, progress)
+        return _finish(workdir, loaded, program, state, trainer, progress)
 
 
-def _check_run(config: RunConfig, workdir: Path) -> None:
+def _check_run(config: CommonConfig, workdir: Path) -> None:
     check_same_run(config, workdir)
-    if config.conversion.source is not None and not (workdir / "config.json").exists():
-        convert.check_source(config)
+    if not (workdir / "config.json").exists():
+        task_of(config).check()
 
 
 def _claim(stack: ExitStack, workdir: Path) -> None:
@@ -114,14 +110,14 @@ def _claim(stack: ExitStack, workdir: Path) -> None:
     stack.enter_context(lock(workdir))
 
 
-def _load_data(config: RunConfig, workdir: Path) -> RunData:
+def _load_data(task: Task, workdir: Path) -> RunData:
     """Process 0 reads first: it may train a tokenizer, which the others then find in the folder."""
     found: list[RunData] = []
-    distributed.decide("data", lambda: found.append(load_data(config, workdir)))
-    return found[0] if found else load_data(config, workdir)
+    distributed.decide("data", lambda: found.append(task.load(workdir)))
+    return found[0] if found else task.load(workdir)
 
 
-def _describe(config: RunConfig, workdir: Path) -> None:
+def _describe(config: CommonConfig, workdir: Path) -> None:
     try:
         save_config(config, workdir / "config.json")
         write_json(workdir / "environment.json", environment())
@@ -135,68 +131,30 @@ def _console() -> Console:
 
 
 def _finish(
-    config: RunConfig,
-    workdir: Path,
-    loaded: RunData,
-    model: Any,
-    state: TrainState,
-    trainer: Trainer,
-    progress: Progress,
+    workdir: Path, loaded: RunData, program: Program, state: TrainState, trainer: Trainer, progress: Progress
 ) -> dict[str, Any]:
-    """Weights, sample text, summary and report; the other processes stay until process 0 has written them."""
-    step = int(state.step)
+    """Weights, summary, report and what is the task's own; the others stay until process 0 has written them."""
+    task, step, model = program.task, int(state.step), program.model(state.weights)
     metadata = {"config": json.dumps(json.loads((workdir / "config.json").read_text())), "step": str(step)}
     write_safetensors(state.weights, workdir / "model.safetensors", metadata)
-    scores = trainer.scores
-    summary: dict[str, Any] = {
-        "val_bits_per_byte": or_none(scores.validation),
+    scores, figure = trainer.scores, f"val_{task.headline.name}"
+    found: dict[str, Any] = {
+        figure: or_none(scores.sets.get(HELD_OUT, {}).get(task.headline.name)),
         "evaluation": scores.sets,
-        "best": {"step": scores.best_step, "val_bits_per_byte": scores.best},
+        "best": {"step": scores.best_step, figure: scores.best},
         "seconds": trainer.clock.seconds,
         "steps": step,
-        "tokens_per_second": trainer.speed.overall,
+        f"{task.unit}_per_second": trainer.speed.overall,
         "params": count_parameters(model),
         "skipped": int(state.skipped),
+        **task.last_figures(program, state.weights, loaded),
     }
 
     def write() -> dict[str, Any]:
-        samples = []
-        # Sampling is a program of one process; a model spread over many is sampled afterwards: `train sample`.
-        if loaded.tokenizer is not None and jax.process_count() == 1:
-            progress.say("writing sample text")
-            samples = [
-                {"step": step, "prompt": prompt, "text": write_text(model, config, loaded.tokenizer, prompt)}
-                for prompt in config.sample.prompts
-            ]
-        baselines = compressor_baselines(loaded.training, loaded.held_out) if loaded.training else {}
-        write_json(workdir / "samples.json", samples)
-        write_json(workdir / "summary.json", {**summary, "baselines": baselines})
+        summary = found | task.finish(workdir, model, loaded, step, progress.say)
+        write_json(workdir / "summary.json", summary)
         path = report.write_report(workdir)
-        for sample in samples:
-            progress.say(f"\n{sample['prompt']}{sample['text']}\n")
-        progress.say(
-            f"{scores.validation:.3f} bits per byte on held-out data after {step} steps in "
-            f"{summary['seconds']:.0f} s; report: {path}"
-        )
-        return {**summary, "baselines": baselines}
+        progress.say(f"{task.result(summary)} after {step} steps in {found['seconds']:.0f} s; report: {path}")
+        return summary
 
     return distributed.decide("report", write)
-
-
-def write_text(
-    model: Any, config: RunConfig, tokenizer: Tokenizer, prompt: str, *, seed: int = 0, on_token: Any = None
-) -> str:
-    """Text that continues `prompt`; bytes that are no UTF-8 show as the replacement character."""
-    sample = config.sample
-    (tokens,) = generate(
-        model,
-        [tokenizer.encode(prompt.encode() or b"\n").tolist()],
-        max_new_tokens=sample.tokens,
-        temperature=sample.temperature,
-        top_k=sample.top_k,
-        top_p=sample.top_p,
-        min_p=sample.min_p,
-        seed=seed,
-        on_token=on_token,
-    )
-    return tokenizer.decode(tokens).decode(errors="replace")

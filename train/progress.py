@@ -83,8 +83,8 @@ class Progress:
         Args:
           step: updates done.
           seconds: training time over all restarts.
-          metrics: any of loss, bits_per_byte, val_bits_per_byte, tokens_per_second and mfu (a fraction); what is left
-            out or `None` keeps its last value.
+          metrics: any of loss, bits_per_byte, val_bits_per_byte, tokens_per_second (or of another unit) and mfu (a
+            fraction); what is left out or `None` keeps its last value.
         """
         self._step, self._seconds = int(step), float(seconds)
         self._metrics |= {name: float(value) for name, value in metrics.items() if value is not None}
@@ -124,8 +124,8 @@ class Progress:
         ):
             if name in metrics:
                 parts.append((rank, style, form.format(metrics[name])))
-        if "tokens_per_second" in metrics:
-            parts.append((6, "", f"{count(metrics['tokens_per_second'])} tokens/s"))
+        speeds = {name.removesuffix("_per_second"): x for name, x in metrics.items() if name.endswith("_per_second")}
+        parts += [(6, "", f"{count(speed)} {unit}/s") for unit, speed in speeds.items()]
         if "mfu" in metrics:
             parts.append((7, "", f"MFU {100 * metrics['mfu']:.1f}%"))
         parts.append((8, "", clock(self._seconds)))

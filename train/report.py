@@ -1,18 +1,16 @@
 """The run as one page: `report.html`, written from the files of a workdir, which asks the network for nothing.
 
     metrics.jsonl     the curves (train.metrics)             summary.json      the final figures and baselines
-    samples.json      [{"step", "prompt", "text"}, ...]      config.json, environment.json   tables
+    config.json, environment.json   tables
 
-Any of them may be missing or short: the page shows what there is. Curves are drawn by matplotlib with six placeholder
-colours that become CSS variables, so the one drawing follows the reader's light or dark setting.
+Any of them may be missing or short: the page shows what there is. What is a task's own, the names of its figures and
+its samples or pictures, is the `PAGE` of its module. Curves are drawn by `train.drawing`.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,15 +19,10 @@ from typing import Any
 import numpy as np
 
 from train import metrics
+from train.drawing import HELD_OUT, TRAIN, draw, time_unit
 from train.progress import clock, count
-
-# Placeholders: `#0N0N0N` in the drawing is `var(--cN)` in the page.
-INK, MUTED, RULE, TRAIN, HELD_OUT, BASELINE = (f"#0{n}0{n}0{n}" for n in range(1, 7))
-
-BINS = 400  # points of a smoothed curve
-DOTS = 500  # raw points drawn, evenly taken from all
-LEFT, RIGHT, BOTTOM, TOP = 44, 16, 40, 10  # margins of a drawing, in CSS pixels
-LABELS, FIGURES = 112, 52  # the right margin where it holds names, or only numbers
+from train.tasks import Page, Panel, module_of
+from train.workdir import read_json
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
@@ -40,37 +33,28 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     """
     workdir = Path(workdir)
     rows = metrics.read(workdir / "metrics.jsonl")
-    summary = _load(workdir / "summary.json") or {}
-    config = _load(workdir / "config.json") or {}
-    environment = _load(workdir / "environment.json") or {}
-    samples = _load(workdir / "samples.json") or []
+    summary = read_json(workdir / "summary.json") or {}
+    config = read_json(workdir / "config.json") or {}
+    environment = read_json(workdir / "environment.json") or {}
+    own: Page = module_of(config.get("task", "text")).PAGE
     baselines = {name: float(value) for name, value in (summary.get("baselines") or {}).items()}
     name = str(config.get("name") or config.get("recipe") or workdir.resolve().name)
-    figure, label = _final_figure(rows, summary)
+    figure, where = _final_figure(own, rows, summary)
     body = "\n".join(
         [
-            _header(name, figure, label, rows, summary),
-            _curves(rows, baselines),
-            _samples(samples),
-            _baselines(baselines, figure, label),
+            _header(own, name, figure, where, rows, summary),
+            _curves(own, rows, baselines),
+            own.sections(workdir, summary),
+            _baselines(own, baselines, figure, where),
             _tables({"Configuration": config, "Environment": environment}),
         ]
     )
-    title = name if figure is None else f"{name}: {figure:.3f} bits per byte"
+    title = name if figure is None else f"{name}: {own.form(figure)} {own.of}"
     page = _PAGE.format(title=escape(title), style=_STYLE, body=body)
     path, draft = workdir / "report.html", workdir / "report.html.tmp"
     draft.write_bytes(page.encode("utf-8", "replace"))  # a sample may hold half a surrogate pair
     os.replace(draft, path)
     return path
-
-
-def _load(path: Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no valid JSON ({error}); remove it or write it again") from error
 
 
 def _column(rows: Sequence[metrics.Row], name: str) -> np.ndarray:
@@ -84,191 +68,26 @@ def _last(rows: Sequence[metrics.Row], name: str) -> float | None:
     return float(finite[-1]) if finite.size else None
 
 
-def _final_figure(rows: Sequence[metrics.Row], summary: Mapping[str, Any]) -> tuple[float | None, str]:
-    """The number of the run and what it is: on held-out text if that was measured."""
-    held_out = summary.get("val_bits_per_byte")
-    held_out = held_out if held_out is not None else _last(rows, "val_bits_per_byte")
-    if held_out is not None:
-        return float(held_out), "bits per byte on held-out text"
-    return _last(rows, "bits_per_byte"), "bits per byte in training"
-
-
-# The drawings
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """`values` under a Gaussian window of a sixtieth of the curve; NaNs have no weight."""
-    sigma = max(1.0, len(values) / 60)
-    reach = min(int(3 * sigma), (len(values) - 1) // 2)
-    window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    known = np.isfinite(values)
-    weight = np.convolve(known, window, mode="same")
-    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
-
-
-def _binned(values: np.ndarray) -> np.ndarray:
-    """`values` averaged down to at most `BINS` points, without NaNs where a bin has any number."""
-    edges = np.linspace(0, len(values), min(BINS, len(values)) + 1).astype(int)
-    known = np.isfinite(values)
-    number = np.add.reduceat(known, edges[:-1], dtype=np.float64)
-    total = np.add.reduceat(np.where(known, values, 0.0), edges[:-1])
-    return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """At most seven round numbers in [low, high], the densest set that keeps to that; high > 1.6 low."""
-    for steps in (
-        (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3),
-        (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
-        (1, 1.5, 2, 3, 4, 6),
-        (1, 2, 3, 5),
-        (1, 3),
-        (1,),
-    ):
-        decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 7:
-            return ticks
-    return ticks[:: len(ticks) // 6]
-
-
-def _time_unit(seconds: np.ndarray) -> tuple[float, str]:
-    longest = np.nanmax(seconds, initial=0.0)
-    return next(
-        (size, name)
-        for size, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-        if longest >= 2 * size or size == 1.0
-    )
-
-
-def _draw(
-    x: np.ndarray,
-    series: Sequence[tuple[np.ndarray, str, bool]],
-    *,
-    x_label: str,
-    alt: str,
-    baselines: Mapping[str, float],
-    labels: bool,
-    log: bool,
-    size: tuple[int, int],
-) -> str:
-    """One drawing as inline SVG, or "" if no series has a number.
-
-    Args:
-      x: [rows], the abscissa of all series.
-      series: (values [rows], colour, whether the values are exact: then joined by a line, not smoothed).
-      x_label, alt: text under the axis; text for those who cannot see it.
-      baselines: name -> height of a dashed line.
-      labels: write the last value of each curve, and the baselines, at the right margin.
-      log: a logarithmic ordinate, for positive values.
-      size: width and height in CSS pixels.
-    """
-    if log:
-        series = [(np.where(values > 0, values, np.nan), colour, exact) for values, colour, exact in series]
-    series = [curve for curve in series if np.isfinite(curve[0] * x).any()]
-    if not series:
-        return ""
-    import matplotlib as mpl  # here, not above: it takes half a second, and a run needs it once
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-
-    width, height = size
-    right = (LABELS if baselines else FIGURES) if labels else RIGHT
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jattn", "font.size": 11}):
-        figure = Figure(figsize=(width / 72, height / 72))
-        axes = figure.add_axes((LEFT / width, BOTTOM / height, 1 - (LEFT + right) / width, 1 - (BOTTOM + TOP) / height))
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
-        for values, colour, exact in series:
-            known = np.flatnonzero(np.isfinite(values * x))
-            dots = known[:: -(-len(known) // DOTS)]
-            if exact or len(known) < 8:
-                size_of_dot = 3.6 if len(known) <= 50 else 0
-                axes.plot(
-                    x[dots], values[dots], "o-", color=colour, linewidth=1.6, markersize=size_of_dot, clip_on=False
-                )
-                continue
-            axes.plot(x[dots], values[dots], "o", color=colour, alpha=0.35, markersize=2.2, markeredgewidth=0)
-            curve = _smooth(_binned(np.log(values) if log else values))
-            axes.plot(_binned(x), np.exp(curve) if log else curve, color=colour, linewidth=1.8)
-        heights = np.concatenate([values[np.isfinite(values * x)] for values, *_ in series])
-        low, high = heights.min(), heights.max()
-        shown = {name: value for name, value in baselines.items() if 0 < value <= 1.05 * high}
-        low = min([low, *shown.values()])
-        if log:
-            axes.set_yscale("log")
-            margin = max((high / low) ** 0.05, 1.02)
-            low, high = low / margin, high * margin
-            axes.set_ylim(low, high)
-            axes.yaxis.set_major_locator(FixedLocator(_log_ticks(low, high)) if high > 1.6 * low else MaxNLocator(5))
-        else:
-            axes.set_ylim(0 if low >= 0 else 1.08 * low, 1.08 * high if high > 0 else 1.0)
-            axes.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        longest = float(np.nanmax(x))
-        axes.set_xlim(0, 1.02 * longest if longest > 0 else 1)
-        axes.xaxis.set_major_locator(MaxNLocator(5 if width < 400 else 7, integer=x_label == "step"))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        axes.set_xlabel(x_label, color=MUTED, labelpad=6)
-        axes.grid(axis="y", color=RULE, linewidth=1)
-        axes.tick_params(length=0, pad=7, colors=MUTED)
-        axes.spines[:].set_visible(False)
-        axes.spines["bottom"].set(visible=True, color=RULE)
-        for value in shown.values():
-            axes.axhline(value, color=BASELINE, linewidth=1.2, linestyle=(0, (4, 3)))
-        if labels:
-            ends = [(float(values[np.isfinite(values * x)][-1]), colour) for values, colour, _ in series]
-            texts = [(value, f"{value:.3f}", colour) for value, colour in ends]
-            # Names go in afterwards: matplotlib would look for their letters in its own fonts.
-            texts += [(value, f"@{index}@", BASELINE) for index, value in enumerate(shown.values())]
-            _label_right(axes, texts)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    names = list(shown)
-    svg = re.sub("@([0-9]+)@", lambda match: escape(_short(names[int(match[1])])), buffer.getvalue())
-    return _inline(svg, alt)
-
-
-def _label_right(axes: Any, texts: Sequence[tuple[float, str, str]]) -> None:
-    """Write (height, text, colour) beside the axes, moved apart where they would touch."""
-    to_fraction = axes.transData + axes.transAxes.inverted()
-    texts = sorted(texts)
-    places = [float(to_fraction.transform((0.0, value))[1]) for value, *_ in texts]
-    gap = 15 / (axes.bbox.height / axes.figure.dpi * 72)
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + gap)
-    for place, (_, text, colour) in zip(places, texts, strict=True):
-        axes.text(1.015, place, text, color=colour, transform=axes.transAxes, verticalalignment="center_baseline")
-
-
-def _tick(value: float) -> str:
-    return count(value) if abs(value) >= 100_000 else f"{value:.4g}"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 17 else name[:16] + "…"
-
-
-def _inline(svg: str, alt: str) -> str:
-    """matplotlib's SVG file as an element of a page: no prologue, no addresses, no clashing ids, CSS colours."""
-    box = re.search(r'viewBox="[^"]*"', svg)
-    assert box is not None, "matplotlib writes a viewBox"
-    drawing = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", drawing, flags=re.DOTALL)
-    prefix = re.sub(r"\W+", "-", alt.lower())
-    drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", drawing)
-    drawing = re.sub(r"#0([1-6])(?:0\1){2}", r"var(--c\1)", drawing)
-    return f'<svg role="img" aria-label="{escape(alt)}" {box.group()}>{drawing}'
+def _final_figure(own: Page, rows: Sequence[metrics.Row], summary: Mapping[str, Any]) -> tuple[float | None, str]:
+    """The number of the run and what it was taken on: held-out data if that was measured."""
+    name = own.headline.name
+    held_out = summary.get(f"val_{name}")
+    held_out = held_out if held_out is not None else _last(rows, f"val_{name}")
+    if held_out is not None or not own.training:
+        return None if held_out is None else float(held_out), own.held_out
+    return _last(rows, name), "in training"
 
 
 # The sections
 
 
 def _header(
-    name: str, figure: float | None, label: str, rows: Sequence[metrics.Row], summary: Mapping[str, Any]
+    own: Page,
+    name: str,
+    figure: float | None,
+    where: str,
+    rows: Sequence[metrics.Row],
+    summary: Mapping[str, Any],
 ) -> str:
     def final(key: str, field: str) -> float | None:
         value = summary.get(key)
@@ -278,7 +97,7 @@ def _header(
     facts = [
         ("steps", final("steps", "step"), lambda value: f"{value:,.0f}"),
         ("time", final("seconds", "seconds"), clock),
-        ("tokens per second", final("tokens_per_second", "tokens_per_second"), count),
+        (f"{own.unit} per second", final(f"{own.unit}_per_second", f"{own.unit}_per_second"), count),
         ("parameters", summary.get("params"), count),
         ("MFU", final("mfu", "mfu"), lambda value: f"{100 * value:.1f}%"),
         ("updates skipped", skipped if skipped else None, lambda value: f"{value:,.0f}"),
@@ -289,42 +108,41 @@ def _header(
         if value is not None
     )
     hero = (
-        f'<p class="figure"><b>{figure:.3f}</b> <span>{label}</span></p>'
+        f'<p class="figure"><b>{own.form(figure)}</b> <span>{own.of} {where}</span></p>'
         if figure is not None
-        else '<p class="figure"><span>No steps were logged yet.</span></p>'
+        else f'<p class="figure"><span>No steps were {"validated" if rows else "logged"} yet.</span></p>'
     )
     return f'<header><p class="eyebrow">Training run</p><h1>{escape(name)}</h1>{hero}<dl>{cells}</dl></header>'
 
 
-def _curves(rows: Sequence[metrics.Row], baselines: Mapping[str, float]) -> str:
+def _curves(own: Page, rows: Sequence[metrics.Row], baselines: Mapping[str, float]) -> str:
     steps, seconds = _column(rows, "step"), _column(rows, "seconds")
-    unit, unit_name = _time_unit(seconds)
-    learning = [
-        (_column(rows, "bits_per_byte"), TRAIN, False),
-        (_column(rows, "val_bits_per_byte"), HELD_OUT, True),
-    ]
+    unit, unit_name = time_unit(seconds)
     large, small = (536, 320), (348, 210)
-    main = ""
-    for x, label, caption in ((steps, "step", "by step"), (seconds / unit, unit_name, "by time")):
-        alt = f"Bits per byte {caption}"
-        svg = _draw(x, learning, x_label=label, alt=alt, baselines=baselines, labels=True, log=True, size=large)
-        main += f"<figure><figcaption>{caption}</figcaption>{svg}</figure>" if svg else ""
+
+    def drawn(panel: Panel) -> str:
+        x, label = (steps, "step") if panel.abscissa == "step" else (seconds / unit, unit_name)
+        learning = [(_column(rows, panel.training), TRAIN, False)] if panel.training else []
+        learning.append((_column(rows, panel.held_out), HELD_OUT, True))
+        shown = baselines if panel.baselines else {}
+        svg = draw(x, learning, x_label=label, alt=panel.alt, baselines=shown, labels=True, log=panel.log, size=large)
+        return f"<figure><figcaption>{panel.caption}</figcaption>{svg}</figure>" if svg else ""
+
+    main = "".join(map(drawn, own.panels))
     if not main:
         return ""
-    keys = (
-        [("train", "training"), ("held-out", "held out")]
-        if np.isfinite(learning[1][0]).any()
-        else [("train", "training")]
-    )
+    keys = [("train", "training")]
+    if any(np.isfinite(_column(rows, panel.held_out)).any() for panel in own.panels):
+        keys.append(("held-out", "held out"))
     legend = "".join(f'<span class="{kind}">{text}</span>' for kind, text in keys)
     others = ""
     for name, title, log in (
         ("learning_rate", "Learning rate", False),
-        ("tokens_per_second", "Tokens per second", False),
+        (f"{own.unit}_per_second", f"{own.unit.capitalize()} per second", False),
         ("grad_norm", "Gradient norm", True),
         ("mfu", "Model FLOP utilisation", False),
     ):
-        svg = _draw(
+        svg = draw(
             steps,
             [(_column(rows, name), TRAIN, name == "learning_rate")],
             x_label="step",
@@ -336,47 +154,24 @@ def _curves(rows: Sequence[metrics.Row], baselines: Mapping[str, float]) -> str:
         )
         others += f"<figure><figcaption>{title}</figcaption>{svg}</figure>" if svg else ""
     return (
-        f'<section><h2>Bits per byte</h2><p class="legend">{legend}</p><div class="two">{main}</div></section>'
+        f'<section><h2>{own.title}</h2><p class="legend">{legend}</p><div class="two">{main}</div></section>'
         f'<section><h2>The run itself</h2><div class="three">{others}</div></section>'
     )
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    if not samples:
-        return ""
-
-    def block(sample: Mapping[str, Any]) -> str:
-        prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
-        return f"<pre><b>{escape(prompt)}</b>{escape(text.removeprefix(prompt))}</pre>"
-
-    by_step: dict[int, list[str]] = {}
-    for sample in samples:
-        by_step.setdefault(int(sample.get("step") or 0), []).append(block(sample))
-    *earlier, newest = sorted(by_step)
-    older = "".join(
-        f"<details><summary>step {step:,}</summary>{''.join(by_step[step])}</details>" for step in reversed(earlier)
-    )
-    return (
-        f'<section><h2>What it writes</h2><p class="note">After step {newest:,}. The prompt is in bold.</p>'
-        f"{''.join(by_step[newest])}{older}</section>"
-    )
-
-
-def _baselines(baselines: Mapping[str, float], figure: float | None, label: str) -> str:
+def _baselines(own: Page, baselines: Mapping[str, float], figure: float | None, where: str) -> str:
     if not baselines:
         return ""
     entries = [(value, name, "") for name, value in baselines.items()]
-    entries += [(figure, f"this model, {label.removeprefix('bits per byte ')}", "ours")] if figure is not None else []
+    entries += [(figure, f"this model, {where}", "ours")] if figure is not None else []
     longest = max(value for value, *_ in entries) or 1.0
     lines = "".join(
-        f'<tr class="{kind}"><th>{escape(name)}</th><td class="number">{value:.3f}</td>'
+        f'<tr class="{kind}"><th>{escape(name)}</th><td class="number">{own.form(value)}</td>'
         f'<td class="bar"><i style="width: {100 * value / longest:.1f}%"></i></td></tr>'
-        for value, name, kind in sorted(entries)
+        for value, name, kind in sorted(entries, reverse=own.headline.larger_is_better)
     )
     return (
-        "<section><h2>Against other compressors</h2>"
-        '<p class="note">Bits per byte on the same text; fewer are better.</p>'
-        f'<table class="bars">{lines}</table></section>'
+        f'<section><h2>{own.baselines}</h2><p class="note">{own.note}</p><table class="bars">{lines}</table></section>'
     )
 
 

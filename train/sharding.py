@@ -113,11 +113,16 @@ def batch_spec() -> PartitionSpec:
 
 def check_batch(mesh: Mesh, batch: int, context: int) -> None:
     """A global batch of `batch` sequences of `context` tokens splits evenly over the mesh."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % rows:
-        raise UserError(f"data.batch: {batch} sequences do not divide over data x fsdp = {rows} devices")
+    check_rows(mesh, batch, "sequences")
     if context % mesh.shape["context"]:
         raise UserError(f"data.context: {context} tokens do not divide over context = {mesh.shape['context']} devices")
+
+
+def check_rows(mesh: Mesh, batch: int, rows: str) -> None:
+    """A global batch of `batch` rows, which messages call `rows`, splits evenly over the mesh."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % devices:
+        raise UserError(f"data.batch: {batch} {rows} do not divide over data x fsdp = {devices} devices")
 
 
 def parameter_shardings(parameters: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
@@ -146,7 +151,7 @@ def parameter_shardings(parameters: Any, mesh: Mesh, rules: Sequence[Rule] = RUL
     return jax.tree_util.tree_map_with_path(sharding, parameters)
 
 
-def state_shardings(state: Any, parameters: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, parameters: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
     """Shardings for a whole training state: an array whose path ends as a parameter's does lives where that parameter
     does (moments of an optimiser), everything else is replicated.
     """
@@ -154,7 +159,7 @@ def state_shardings(state: Any, parameters: Any, mesh: Mesh) -> Any:
         path_name(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(parameters),
-            jax.tree.leaves(parameter_shardings(parameters, mesh)),
+            jax.tree.leaves(parameter_shardings(parameters, mesh, rules)),
             strict=True,
         )
     }

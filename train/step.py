@@ -4,6 +4,9 @@ loss = sum_t w_t loss_t / sum_t w_t;  update = factor * optimiser(gradient);  an
 average = d average + (1 - d) weights, with d = min(decay, (1 + t) / (10 + t)) at update t
 
 With accumulation the sums run over the parts of the batch, one after the other; the gradient is that of the whole.
+Running statistics of BatchNorm, of the parts one after the other, count as weights for the average: it is scored with
+the mean of the statistics that belong to the weights it is the mean of. The random key of update t is
+fold_in(key(seed), t), so a run that goes on draws what it would have drawn.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
-from jattn.models.lm import LM
 from jattn.nn.layout import Layout, use_layout
 from train import sharding
-from train.config import RunConfig
+from train.config import CommonConfig
 from train.errors import user_errors
 from train.optimizer import make_optimizer
+from train.tasks import Task, task_of
 
 Batch = dict[str, jax.Array]
 
@@ -37,12 +41,14 @@ class TrainState(NamedTuple):
     optimizer: Any
     skipped: jax.Array
     average: Any = None
-    """The running mean of the parameters, where the run keeps one."""
+    """The running mean of the weights, where the run keeps one."""
+    statistics: Any = None
+    """What the forward pass itself changes in training, for models that have such."""
 
     @property
     def weights(self) -> Any:
-        """What is scored, sampled and exported: the average if there is one."""
-        return self.parameters if self.average is None else self.average
+        """What is scored, sampled and exported: parameters and statistics, averaged if the run does that."""
+        return _joined(self.parameters, self.statistics) if self.average is None else self.average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +56,28 @@ class Program:
     """The compiled functions of a run and where its arrays live.
 
     Attributes:
+      task: whose model, loss and figures these are.
       init: `init(seed) -> state`, made in place on the mesh.
       step: `step(state, batch, factor, request) -> (state, metrics)`; the state is donated. `metrics["request"]` is the
         largest request of any process, which is how all of them hear of a signal at the same step.
       request: this process's request, as an array for `step`.
-      evaluate: `evaluate(parameters, batch) -> sums over the batch`: "loss" (weighted, nats), "weight", and, for a
-        recall task, "correct" (the weight of the targets that are the likeliest token).
-      model: `model(parameters) -> LM`.
+      evaluate: `evaluate(weights, batch) -> sums over the batch`, the task's.
+      model: `model(weights)` is the model.
       state_shape: the state as shapes with shardings, which is what a checkpoint is restored into.
-      batch_sharding: of every `[B, T]` array of a batch.
+      batch_sharding: of every array of a batch.
     """
 
+    task: Task
     init: Callable[[int], TrainState]
     step: Any
     request: Callable[[int], jax.Array]
     evaluate: Any
-    model: Callable[[Any], LM]
+    model: Callable[[Any], Any]
     state_shape: TrainState
     batch_sharding: NamedSharding
 
 
-def resolve_precision(config: RunConfig, platform: str | None = None) -> RunConfig:
+def resolve_precision[Config: CommonConfig](config: Config, platform: str | None = None) -> Config:
     """`config` with the model's compute dtype written out, for this machine's devices unless `platform` is given."""
     dtype = config.precision
     if dtype == "auto":
@@ -78,34 +85,33 @@ def resolve_precision(config: RunConfig, platform: str | None = None) -> RunConf
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
-def weighted_loss(model: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of the weighted losses of a batch in nats, and the sum of the weights."""
-    losses = model.loss(
-        batch["tokens"], batch["targets"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-    )
-    return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
-
-
-def mean_gradient(weighted: Callable[[Any, Batch], Any], weights: Any, batch: Batch, parts: int) -> tuple[Any, Any]:
-    """The weighted mean loss of a batch and its gradient, the batch taken in `parts`.
+def mean_gradient(
+    weighted: Callable[..., Any], weights: Any, statistics: Any, batch: Batch, key: Array, parts: int
+) -> tuple[Any, Any, Any]:
+    """The weighted mean loss of a batch, the statistics after it, and its gradient; the batch is taken in `parts`.
 
     Args:
-      weighted: (weights, batch) -> (sum of weighted losses, sum of their weights).
+      weighted: (weights, statistics, batch, key) -> (sum of weighted losses, (sum of their weights, new statistics)).
       parts: divides the batch; part a is rows a, a + parts, ..., so every device keeps the rows it has.
     """
     gradient = jax.value_and_grad(weighted, has_aux=True)
     if parts == 1:
-        (total, count), sums = gradient(weights, batch)
+        (total, (count, statistics)), sums = gradient(weights, statistics, batch, key)
     else:
-        rows = {name: x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1) for name, x in batch.items()}
+        rows = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
-        def add(carry: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, gradient(weights, part)), None
+        def add(carry: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            so_far, statistics = carry
+            own, index = part
+            (total, (count, statistics)), sums = gradient(weights, statistics, own, jax.random.fold_in(key, index))
+            return (jax.tree.map(jnp.add, so_far, (total, count, sums)), statistics), None
 
-        first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, weights, batch))
-        ((total, count), sums), _ = jax.lax.scan(add, first, rows)
+        (total, (count, _)), sums = jax.eval_shape(gradient, weights, statistics, batch, key)
+        first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, count, sums))
+        carried, _ = jax.lax.scan(add, (first, statistics), (rows, jnp.arange(parts)))
+        (total, count, sums), statistics = carried
     count = jnp.maximum(count, 1.0)
-    return total / count, jax.tree.map(lambda x: (x / count).astype(x.dtype), sums)
+    return total / count, statistics, jax.tree.map(lambda x: (x / count).astype(x.dtype), sums)
 
 
 def mesh_layout(mesh: Mesh) -> Layout:
@@ -113,86 +119,96 @@ def mesh_layout(mesh: Mesh) -> Layout:
     return Layout(mesh, batch=sharding.ROWS, heads="tensor", context="context")
 
 
-def make_program(config: RunConfig, mesh: Mesh) -> Program:
+def make_program(config: CommonConfig, mesh: Mesh) -> Program:
     """Everything that is compiled for a run of `config` on `mesh`."""
     accumulate = config.data.accumulate
-    sharding.check_batch(mesh, config.data.batch // accumulate, config.data.context)
+    task = task_of(config)
+    task.check_batch(mesh)
     optimizer = make_optimizer(config.optimizer)
 
-    def build(seed: jax.Array | int) -> LM:
-        return LM(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
+    def build(seed: jax.Array | int) -> Any:
+        return task.build(nnx.Rngs(params=jax.random.key(seed)))
 
     # Every layer is built here first, without arrays: options that do not fit one another show.
     with user_errors("model"):
-        parts: Any = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param, ...)
-    graph, parameters, constants = parts
+        parts: Any = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param, nnx.BatchStat, ...)
+    graph, parameters, statistics, constants = parts
+    has_statistics = bool(jax.tree.leaves(statistics))
     # What is not trained (the decays of lightning attention) follows from the configuration and is made once.
     if jax.tree.leaves(constants):
-        constants = jax.jit(lambda: nnx.state(build(0), nnx.Not(nnx.Param)))()
+        constants = jax.jit(lambda: nnx.state(build(0), nnx.Not(nnx.Any(nnx.Param, nnx.BatchStat))))()
 
     def init(seed: jax.Array) -> TrainState:
-        weights = nnx.state(build(seed), nnx.Param)
+        weights, made = nnx.state(build(seed), nnx.Param, nnx.BatchStat)
+        statistics = made if has_statistics else None
         zero = jnp.zeros((), jnp.int32)
-        average = None if config.optimizer.ema is None else jax.tree.map(jnp.copy, weights)
-        return TrainState(zero, weights, optimizer.init(weights), zero, average)
+        average = None if config.optimizer.ema is None else jax.tree.map(jnp.copy, _joined(weights, statistics))
+        return TrainState(zero, weights, optimizer.init(weights), zero, average, statistics)
 
     shape = jax.eval_shape(init, 0)
-    shardings = sharding.state_shardings(shape, parameters, mesh)
+    shardings = sharding.state_shardings(shape, parameters, mesh, task.rules)
     state_shape = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, shardings)
     replicated = NamedSharding(mesh, PartitionSpec())
-    by_token = NamedSharding(mesh, sharding.batch_spec())
+    by_row = NamedSharding(mesh, task.batch_spec)
     layout = mesh_layout(mesh)
     by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def step(
         state: TrainState, batch: Batch, factor: jax.Array, request: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        def weighted(weights: Any, part: Batch) -> tuple[jax.Array, jax.Array]:
+        def weighted(weights: Any, statistics: Any, part: Batch, key: Array) -> tuple[Array, Any]:
+            # A copy: variables that were made outside of the gradient cannot be changed inside of it.
+            model = nnx.merge(graph, _joined(weights, statistics), constants, copy=True)
             with use_layout(layout):
-                return weighted_loss(nnx.merge(graph, weights, constants), part)
+                loss, count = task.loss(model, part, key)
+            return loss, (count, nnx.state(model, nnx.BatchStat) if has_statistics else None)
 
-        loss, gradients = mean_gradient(weighted, state.parameters, batch, accumulate)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss, statistics, gradients = mean_gradient(
+            weighted, state.parameters, state.statistics, batch, key, accumulate
+        )
         norm = optax.tree.norm(gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
         updates = jax.tree.map(lambda update: (factor * update).astype(update.dtype), updates)
         weights = optax.apply_updates(state.parameters, updates)
-        proposed = (weights, moments, _averaged(state, weights, config.optimizer.ema))
+        average = _averaged(state, _joined(weights, statistics), config.optimizer.ema)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        old = (state.parameters, state.optimizer, state.average)
-        weights, moments, average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, old)
+        old = (state.parameters, state.optimizer, state.average, state.statistics)
+        weights, moments, average, statistics = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (weights, moments, average, statistics), old
+        )
         skipped = state.skipped + (~finite).astype(jnp.int32)
         metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped, "request": jnp.max(request)}
-        return TrainState(state.step + 1, weights, moments, skipped, average), metrics
+        return TrainState(state.step + 1, weights, moments, skipped, average, statistics), metrics
 
     def evaluate(weights: Any, batch: Batch) -> dict[str, jax.Array]:
-        model = nnx.merge(graph, weights, constants)
         with use_layout(layout):
-            loss, weight = weighted_loss(model, batch)
-        sums = {"loss": loss, "weight": weight}
-        if config.data.recall.task is not None:
-            with use_layout(layout):
-                logits, _ = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-            sums["correct"] = jnp.sum((jnp.argmax(logits, -1) == batch["targets"]) * batch["weights"])
-        return sums
+            return task.sums(nnx.merge(graph, weights, constants), batch)
 
     def request(value: int) -> jax.Array:
         local = np.full(len(mesh.local_devices), value, np.int32)
         return jax.make_array_from_process_local_data(by_device, local)
 
     return Program(
+        task=task,
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
             step,
-            in_shardings=(shardings, by_token, replicated, by_device),
+            in_shardings=(shardings, by_row, replicated, by_device),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         request=request,
-        evaluate=jax.jit(evaluate, in_shardings=(shardings.parameters, by_token), out_shardings=replicated),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings.weights, by_row), out_shardings=replicated),
         model=lambda weights: nnx.merge(graph, weights, constants),
         state_shape=state_shape,
-        batch_sharding=by_token,
+        batch_sharding=by_row,
     )
+
+
+def _joined(parameters: Any, statistics: Any) -> Any:
+    """One tree of both, as `nnx.merge` takes it."""
+    return parameters if statistics is None else nnx.merge_state(parameters, statistics)
 
 
 def _averaged(state: TrainState, weights: Any, decay: float | None) -> Any:

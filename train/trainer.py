@@ -8,7 +8,6 @@ ask for (a save, a stop, a way back) is therefore done one step later, on every 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,7 @@ import numpy as np
 
 from train import distributed
 from train.checkpoint import Checkpoints
-from train.config import RunConfig
-from train.data.load import HELD_OUT, RunData
+from train.config import CommonConfig, as_json
 from train.data.packing import Batch
 from train.data.pipeline import BatchIterator, TrainData
 from train.errors import UserError
@@ -31,6 +29,7 @@ from train.records import Records
 from train.schedule import Clock, factor
 from train.signals import Stop
 from train.step import Program, TrainState
+from train.tasks import HELD_OUT, RunData
 
 # What a process may ask of all of them; the largest counts.
 NOTHING, SAVE, STOP = range(3)
@@ -55,11 +54,11 @@ class _Spike(Exception):
 
 
 class Speed:
-    """Tokens per second between readings; the first step, which waits for compilation, and validations are left out."""
+    """Units per second between readings; the first step, which waits for compilation, and validations are left out."""
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(self, units_per_step: int):
         self.latest: float | None = None
-        self._tokens_per_step = tokens_per_step
+        self._units_per_step = units_per_step
         self._since: tuple[int, float] | None = None
         self._steps, self._seconds = 0, 0.0
 
@@ -76,28 +75,24 @@ class Speed:
         if self._since is None or step <= self._since[0]:
             return
         steps, seconds = step - self._since[0], time.monotonic() - self._since[1]
-        self.latest = steps * self._tokens_per_step / seconds
+        self.latest = steps * self._units_per_step / seconds
         self._steps, self._seconds = self._steps + steps, self._seconds + seconds
         self._since = None
 
     @property
     def overall(self) -> float | None:
         """Over all readings."""
-        return self._steps * self._tokens_per_step / self._seconds if self._seconds else None
+        return self._steps * self._units_per_step / self._seconds if self._seconds else None
 
 
 @dataclasses.dataclass
 class Scores:
-    """The figures of every set: those last taken, and the best of the held-out text."""
+    """The figures of every set: those last taken, and the best headline of the held-out one."""
 
     step: int = -1
     sets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     best_step: int = -1
     best: float | None = None
-
-    @property
-    def validation(self) -> float:
-        return self.sets.get(HELD_OUT, {}).get("bits_per_byte", math.nan)
 
 
 class Trainer:
@@ -105,7 +100,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: CommonConfig,
         workdir: Path,
         program: Program,
         data: TrainData,
@@ -117,8 +112,9 @@ class Trainer:
     ):
         self.config, self.workdir, self.program, self.data, self.loaded = config, workdir, program, data, loaded
         self.clock, self.records, self.progress, self.checkpoints = clock, records, progress, checkpoints
+        self.task = program.task
         self.scores = Scores()
-        self.speed = Speed(data.tokens_per_step)
+        self.speed = Speed(self.task.units)
         self._guard = Guard(config.guard)
         self._held_out = loaded.identity()
         self._skipped_batches = 0
@@ -128,8 +124,8 @@ class Trainer:
         self._asked_to_save = False
         self._saved_at = time.monotonic()
         peak = peak_flops(jax.devices()[0])
-        forward = program.model(program.state_shape.parameters).flops(config.data.batch, config.data.context)
-        self._flops_per_token = 3 * forward / self.data.tokens_per_step
+        forward = self.task.flops(program.model(program.state_shape.weights))
+        self._flops_per_unit = 3 * forward / self.task.units
         self._peak = None if peak is None else peak * jax.device_count()
 
     def restore(self, step: int, batches: BatchIterator) -> TrainState:
@@ -141,8 +137,8 @@ class Trainer:
         state, extra = self.checkpoints.restore(step, self.program.state_shape)
         if extra["held_out"] != self._held_out:
             raise UserError(
-                "the held-out documents are not those that this run was scored on, so its figures would be no curve; "
-                "restore the data and its options, or start in another folder"
+                f"the held-out {self.task.scored} are not those that this run was scored on, so its figures would be "
+                "no curve; restore the data and its options, or start in another folder"
             )
         batches.set_state(extra["data"])
         self._guard.set_state(extra["guard"])
@@ -155,7 +151,7 @@ class Trainer:
     def train(self, state: TrainState, batches: BatchIterator, stop: Stop) -> TrainState:
         """Steps until the clock says that the run is over or a signal asks to stop; validated and saved at the end."""
         begins = int(state.step) == 0
-        if begins and (self.config.guard.spike_z is not None or self.config.conversion.source is not None):
+        if begins and (self.config.guard.spike_z is not None or self.task.begins_elsewhere):
             self._save(0, state)  # there must be something to go back to, and a conversion is not to be made twice
         while True:
             try:
@@ -239,8 +235,8 @@ class Trainer:
         self.speed.begin(done.step)
         shown = {
             "loss": values["loss"],
-            "bits_per_byte": self._bits_per_byte(values["loss"]),
-            "tokens_per_second": self.speed.latest,
+            **self.task.in_training(values["loss"], self.loaded),
+            f"{self.task.unit}_per_second": self.speed.latest,
             "mfu": self._mfu(),
         }
         self.progress.update(step=done.step, seconds=self.clock.seconds, metrics=shown)
@@ -252,22 +248,18 @@ class Trainer:
             step=done.step,
             seconds=self.clock.seconds,
             loss=values["loss"],
-            bits_per_byte=self._bits_per_byte(values["loss"]),
-            tokens_per_second=self.speed.latest,
+            **self.task.in_training(values["loss"], self.loaded),
+            **{f"{self.task.unit}_per_second": self.speed.latest},
             mfu=self._mfu(),
             learning_rate=done.rate * self.config.optimizer.learning_rate,
             grad_norm=values["grad_norm"],
             skipped=int(values["skipped"]),
         )
 
-    def _bits_per_byte(self, loss: float) -> float:
-        """Of the training text, from nats per token."""
-        return loss / math.log(2) * self.loaded.tokens_per_byte
-
     def _mfu(self) -> float | None:
         if self._peak is None or self.speed.latest is None:
             return None
-        return self.speed.latest * self._flops_per_token / self._peak
+        return self.speed.latest * self._flops_per_unit / self._peak
 
     def _validate(self, step: int, state: TrainState) -> bool:
         """Take all figures; whether the held-out one is the best so far."""
@@ -276,8 +268,8 @@ class Trainer:
         self.speed.read(step)
         rows = self.config.data.batch // self.config.data.accumulate
         sets = {name: score(self.program, state.weights, one, rows) for name, one in self.loaded.evaluation.items()}
-        value = sets[HELD_OUT]["bits_per_byte"]
-        better = self.scores.best is None or value < self.scores.best
+        value = sets[HELD_OUT][self.task.headline.name]
+        better = self.task.headline.better(value, self.scores.best)
         best_step, best = (step, value) if better else (self.scores.best_step, self.scores.best)
         self.scores = Scores(step, sets, best_step, best)
         self.speed.pause()
@@ -291,7 +283,7 @@ class Trainer:
     def _save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
         extra = {
             "data": {"step": step + self._skipped_batches, **self.data.identity},
-            "config": dataclasses.asdict(self.config),
+            "config": as_json(self.config),
             "guard": self._guard.get_state(),
             "skipped_batches": self._skipped_batches,
             "held_out": self._held_out,

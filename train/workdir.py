@@ -8,7 +8,6 @@ samples.json  summary.json  report.html  model.safetensors   what came of it
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 
 from train.checkpoint import Checkpoints
-from train.config import MeshConfig, RunConfig, read_config
+from train.config import CommonConfig, MeshConfig, as_json, read_config
 from train.errors import UserError
 from train.sharding import make_mesh
 from train.step import Program, TrainState, make_program, resolve_precision
@@ -42,7 +41,7 @@ def make_folder(workdir: Path) -> None:
         raise UserError(f"{workdir}: cannot be made ({error.strerror}); choose another --workdir") from error
 
 
-def check_same_run(config: RunConfig, workdir: Path) -> None:
+def check_same_run(config: CommonConfig, workdir: Path) -> None:
     """A workdir holds one run: other settings than those it was started with are refused by name."""
     path = workdir / "config.json"
     if not path.exists():
@@ -52,7 +51,7 @@ def check_same_run(config: RunConfig, workdir: Path) -> None:
                 "config.json back (each checkpoint.json holds it under extra/config), or choose another --workdir"
             )
         return
-    before, now = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (read_config(path), config))
+    before, now = (json.loads(json.dumps(as_json(c))) for c in (read_config(path), config))
     changed = [
         f"{name} was {old!r} and is now {new!r}"
         for name, old, new in _differences(before, now)
@@ -76,7 +75,7 @@ def finished(workdir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() and (workdir / "report.html").exists() else None
 
 
-def load(workdir: Path) -> tuple[RunConfig, Program, TrainState]:
+def load(workdir: Path) -> tuple[CommonConfig, Program, TrainState]:
     """A run's configuration, its compiled functions on this machine's devices, and its newest valid state.
 
     The run's mesh is used where this machine has it, and a single device where it has not.
@@ -118,6 +117,20 @@ def write_json(path: Path, content: Any) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(draft, path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; `None` if there is no such file.
+
+    Raises:
+      ValueError: a damaged file; the message names it.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no valid JSON ({error}); remove it or write it again") from error
 
 
 def or_none(value: float | None) -> float | None:

@@ -79,7 +79,7 @@ def final_arrays(workdir: Path, step: int | None = None) -> dict[str, np.ndarray
 
 def rows(workdir: Path) -> list[dict[str, float]]:
     """The metrics without those that a clock made."""
-    timed = ("seconds", "tokens_per_second", "mfu")
+    timed = ("seconds", "tokens_per_second", "images_per_second", "mfu")
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in row.items() if name not in timed} for row in lines]
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train import metrics, progress, report
+from train import drawing, metrics, progress
 from train.metrics import MetricsLog
 from train.progress import Progress
 from train.report import write_report
@@ -357,19 +357,19 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_smoothing_neither_shifts_a_curve_nor_minds_a_gap():
     line = np.linspace(3.0, 1.0, 1200)
     holed = np.where(np.arange(1200) % 7 == 0, np.nan, line)
-    binned = report._binned(holed)
-    assert binned.shape == (report.BINS,)
-    np.testing.assert_allclose(binned, report._binned(line), atol=2e-3)
-    smooth = report._smooth(report._binned(line))
-    np.testing.assert_allclose(smooth[30:-30], report._binned(line)[30:-30], rtol=1e-12)
-    np.testing.assert_allclose(report._smooth(np.where(np.isnan(holed[:50]), np.nan, 2.0))[1:7], 2.0, rtol=1e-12)
+    binned = drawing._binned(holed)
+    assert binned.shape == (drawing.BINS,)
+    np.testing.assert_allclose(binned, drawing._binned(line), atol=2e-3)
+    smooth = drawing._smooth(drawing._binned(line))
+    np.testing.assert_allclose(smooth[30:-30], drawing._binned(line)[30:-30], rtol=1e-12)
+    np.testing.assert_allclose(drawing._smooth(np.where(np.isnan(holed[:50]), np.nan, 2.0))[1:7], 2.0, rtol=1e-12)
     noise = np.random.default_rng(0).standard_normal(400)
-    assert report._smooth(noise).std() < 0.4 * noise.std()
+    assert drawing._smooth(noise).std() < 0.4 * noise.std()
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.41, 2.26), (1.3, 2.5), (1.3, 9.0), (0.01, 40.0), (1e-9, 1e9)])
 def test_logarithmic_axes_have_a_few_round_ticks(low, high):
-    ticks = report._log_ticks(low, high)
+    ticks = drawing._log_ticks(low, high)
     assert 2 <= len(ticks) <= 7
     assert all(low <= tick <= high for tick in ticks)
 

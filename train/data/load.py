@@ -19,8 +19,8 @@ from train.data.pipeline import MixedWindows, rows_of
 from train.data.sources import Document, read_documents, split_by_document
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
+from train.tasks import HELD_OUT
 
-HELD_OUT = "held_out"
 RECALL_HELD_OUT = 256
 """Sequences that a synthetic task is scored on."""
 

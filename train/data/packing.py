@@ -25,16 +25,15 @@ from jattn.checks import check_count
 from train.errors import UserError
 
 type Batch = dict[str, np.ndarray]
-"""int32 `tokens, targets, segment_ids, positions` and float32 `weights`, each [..., context]."""
+"""Of text: int32 `tokens, targets, segment_ids, positions` and float32 `weights`, each [..., context]."""
 
 type Tokens = bytes | Integer[np.ndarray, " length"]
 """One document: its bytes, which are tokens of a vocabulary of 256, or the integers that a tokenizer made of it."""
 
 
 class Windows(Protocol):
-    """An endless sequence of training windows, each a function of its index alone."""
+    """An endless sequence of training windows (rows of batches), each a function of its index alone."""
 
-    context: int
     per_epoch: int
 
     def __len__(self) -> int: ...
@@ -163,12 +162,12 @@ class EvalWindows(Sequence[Batch]):
 def eval_batches(
     windows: Sequence[Batch], global_batch: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """`windows` in batches [global_batch / process_count, context] of one shape, this process's rows.
+    """`windows` in batches [global_batch / process_count, ...] of one shape, this process's rows.
 
-    The last batch is filled with rows of segment id 0 and weight 0.
+    The last batch is filled with rows of zeros, whose weight is 0 too.
     """
     rows = rows_per_process(global_batch, process_count)
-    blank = _blank(len(windows[0]["tokens"]))
+    blank = {name: np.zeros_like(array) for name, array in windows[0].items()}
     for first in range(process_index * rows, -(-len(windows) // global_batch) * global_batch, global_batch):
         part = [windows[index] if index < len(windows) else blank for index in range(first, first + rows)]
         yield {name: np.stack([window[name] for window in part]) for name in blank}
@@ -192,7 +191,7 @@ def rows_per_process(global_batch: int, process_count: int) -> int:
     check_count("global_batch", global_batch)
     if global_batch % check_count("process_count", process_count):
         raise UserError(
-            f"a global batch of {global_batch} sequences cannot be shared by {process_count} processes; "
+            f"a global batch of {global_batch} rows cannot be shared by {process_count} processes; "
             f"choose a multiple of {process_count}"
         )
     return global_batch // process_count

@@ -12,8 +12,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from jattn.checks import check_count
 from train.data.packing import Batch, Windows, rows_per_process
 from train.errors import UserError
@@ -29,7 +27,7 @@ class TrainData:
 
     Attributes:
       windows: the endless sequence that batches are cut from.
-      global_batch: sequences per step over all processes.
+      global_batch: rows per step over all processes.
       process_index, process_count: which rows of the global batch this process reads.
     """
 
@@ -51,17 +49,12 @@ class TrainData:
         return {**self.windows.identity(), "global_batch": self.global_batch}
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens in a global batch."""
-        return self.global_batch * self.windows.context
-
-    @property
     def steps_per_epoch(self) -> float:
-        """Global batches in one pass over the text."""
+        """Global batches in one pass over the data."""
         return self.windows.per_epoch / self.global_batch
 
     def iterator(self, start_step: int = 0) -> BatchIterator:
-        """This process's batches [global_batch / process_count, context] from `start_step` on, without end."""
+        """This process's batches [global_batch / process_count, ...] from `start_step` on, without end."""
         return BatchIterator(self, start_step)
 
 
@@ -95,7 +88,7 @@ class BatchIterator(Iterator[Batch]):
         """Go on at the step that `state` names; nothing is replayed.
 
         Raises:
-          UserError: the state belongs to other documents or another order.
+          UserError: the state belongs to other data or another order.
         """
         changed = [name for name in self._identity if state.get(name) != self._identity[name]]
         if changed:
@@ -145,7 +138,6 @@ class MixedWindows:
     def __init__(self, parts: Sequence[Windows], weights: Sequence[float]) -> None:
         import grain
 
-        self.context = parts[0].context
         total = sum(weights)
         self._shares = [weight / total for weight in weights]
         self._parts = parts
@@ -167,5 +159,5 @@ class MixedWindows:
 
 
 def rows_of(batch: Batch) -> Sequence[Batch]:
-    """The windows of a batch [count, context], as `eval_batches` reads them."""
-    return [{name: array[row] for name, array in batch.items()} for row in range(len(np.asarray(batch["tokens"])))]
+    """The windows of a batch [count, ...], as `eval_batches` reads them."""
+    return [{name: array[row] for name, array in batch.items()} for row in range(len(batch["weights"]))]
