@@ -4,8 +4,8 @@
     python -m train run digits_nat --data.fold 3 --workdir runs/digits_fold_3
     python -m train compare digits_nat --models nat van ela_resnet vit --folds 5
 
-Two CPU cores, a minute: 0.13 M parameters. Of the fifth that a fold holds out, 98.6 to 100 % are taken for
-what they are, 99.3 % in the mean of the five folds.
+Two CPU cores, a minute: 0.13 M parameters. Of the fifth that a fold holds out, 98.6 to 99.7 % are taken for what they
+are, 99.2 % in the mean of the five folds; logistic regression has 97.1 %. The augmentation was chosen on these folds.
 """
 
 from typing import Any
