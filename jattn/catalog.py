@@ -165,6 +165,7 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         name="neighborhood_1d",
         op="jattn.neighborhood.neighborhood:na1d",
+        layer="jattn.nn.neighborhood_mixer:NeighborhoodMixer",
         summary="softmax attention over a window of W keys that is moved inward at the ends, with strides and dilation",
         paper="Hassani et al. 2024, section 2",
         cost="T W (H + V)",

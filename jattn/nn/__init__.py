@@ -17,6 +17,7 @@ from jattn.nn.linear import LightningMixer, LinearMixer
 from jattn.nn.mixer import Mixer
 from jattn.nn.mlp import MLP, SwiGLU
 from jattn.nn.neighborhood import NeighborhoodAttention
+from jattn.nn.neighborhood_mixer import NeighborhoodMixer
 from jattn.nn.routing import RoutingMixer, RoutingState
 from jattn.nn.sea import SEAMixer, convert_to_sea
 from jattn.nn.short_conv import ShortConvolution
@@ -42,6 +43,7 @@ __all__ = [
     "MLP",
     "Mixer",
     "NeighborhoodAttention",
+    "NeighborhoodMixer",
     "NormalizedMixer",
     "QLSTMMixer",
     "RGLRU",
