@@ -19,6 +19,7 @@ from jattn.neighborhood.neighborhood import neighborhood_attention
 from jattn.nn.layout import attend
 from jattn.nn.mixer import last_segment
 from jattn.nn.softmax import KVCache, RotaryBlock, empty_cache, write_cache
+from jattn.sparse.block_sparse import block_sparse_attention
 
 
 class NeighborhoodMixer(RotaryBlock):
@@ -84,9 +85,8 @@ class NeighborhoodMixer(RotaryBlock):
     def _parallel(self, query: Array, key: Array, value: Array, segment_ids: Array | None) -> Array:
         length = query.shape[1]
         if segment_ids is not None:  # documents begin anywhere, so groups of a dilation do not line up between them
-            return attend(
-                dot_product_attention, query, key, value, arrays={"segment_ids": segment_ids}, mask=self._mask()
-            )
+            arrays = {"segment_ids": segment_ids}
+            return attend(block_sparse_attention, query, key, value, arrays=arrays, block_mask=self._mask())
         # A text shorter than the window is a part of one that is not: what comes after a token it does not see.
         beyond = [(0, 0), (0, max(0, self.reach - length)), (0, 0), (0, 0)]
         query, key, value = (jnp.pad(x, beyond) for x in (query, key, value))
