@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jattn import checks
-from jattn.dot_product import dot_product_attention
 from jattn.masks import Causal, Fn, Mask, SlidingWindow
 from jattn.neighborhood.neighborhood import neighborhood_attention
 from jattn.nn.layout import attend
 from jattn.nn.mixer import last_segment
-from jattn.nn.softmax import KVCache, RotaryBlock, empty_cache, write_cache
+from jattn.nn.softmax import KVCache, RotaryBlock, attend_old_and_new, empty_cache, write_cache
 from jattn.sparse.block_sparse import block_sparse_attention
 
 
@@ -68,18 +67,9 @@ class NeighborhoodMixer(RotaryBlock):
         first = state.written[:, None]
         order = first + jnp.arange(x.shape[1], dtype=jnp.int32)
         new = write_cache(state, key, value, last_segment(segment_ids, positions))
-        # Tokens look at the old cache and at one another; an old slot belongs to the first token's segment.
         old = self._sees(order, state.position) & (state.position >= 0)[:, None]
         own = self._sees(order, order)
-        if segment_ids is not None:
-            old &= (segment_ids == segment_ids[:, :1])[:, :, None]
-            own &= segment_ids[:, :, None] == segment_ids[:, None, :]
-        out = dot_product_attention(
-            query,
-            jnp.concatenate([state.key.astype(key.dtype), key], axis=1),
-            jnp.concatenate([state.value.astype(value.dtype), value], axis=1),
-            mask=jnp.concatenate([old, own], axis=-1)[:, None],
-        )
+        out = attend_old_and_new(query, key, value, state, old, own, segment_ids)
         return self.projections.merge(out), new
 
     def _parallel(self, query: Array, key: Array, value: Array, segment_ids: Array | None) -> Array:

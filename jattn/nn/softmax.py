@@ -68,6 +68,32 @@ def attend_cache(query: Float[Array, "B 1 N H"], cache: KVCache) -> Float[Array,
     return dot_product_attention(query, key, value, mask=(cache.position >= 0)[:, None, None, :])
 
 
+def attend_old_and_new(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    state: KVCache,
+    old: Bool[Array, "B T C"],
+    own: Bool[Array, "B T T"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T N V"]:
+    """Several tokens' attention over a cache and one another.
+
+    Args:
+      old, own: which slots of the cache, and which of the tokens, a token may see by their positions. Segments come on
+        top: an old slot belongs to the segment of the first token.
+    """
+    if segment_ids is not None:
+        old &= (segment_ids == segment_ids[:, :1])[:, :, None]
+        own &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    return dot_product_attention(
+        query,
+        jnp.concatenate([state.key.astype(key.dtype), key], axis=1),
+        jnp.concatenate([state.value.astype(value.dtype), value], axis=1),
+        mask=jnp.concatenate([old, own], axis=-1)[:, None],
+    )
+
+
 class RotaryBlock(nnx.Module):
     """What mixers of queries and keys with positions share: projections, normalised queries and keys, rotary positions.
 
@@ -151,18 +177,9 @@ class SoftmaxMixer(RotaryBlock):
         new = write_cache(state, key, value, last_segment(segment_ids, positions))
         if x.shape[1] == 1:
             return self.projections.merge(attend_cache(query, new)), new
-        # Several tokens look at the old cache and at one another; an old slot belongs to the first token's segment.
         old = jnp.broadcast_to((state.position >= 0)[:, None, :], (*order.shape, state.position.shape[1]))
         own = order[:, :, None] >= order[:, None, :]
-        if segment_ids is not None:
-            old &= (segment_ids == segment_ids[:, :1])[:, :, None]
-            own &= segment_ids[:, :, None] == segment_ids[:, None, :]
-        out = dot_product_attention(
-            query,
-            jnp.concatenate([state.key.astype(key.dtype), key], axis=1),
-            jnp.concatenate([state.value.astype(value.dtype), value], axis=1),
-            mask=jnp.concatenate([old, own], axis=-1)[:, None],
-        )
+        out = attend_old_and_new(query, key, value, state, old, own, segment_ids)
         return self.projections.merge(out), new
 
     def init_state(self, batch: int, capacity: int, dtype: Any) -> KVCache:
