@@ -13,7 +13,7 @@ from flax import nnx
 from jattn.models.dit import Conditions, DiT, DiTConfig, SubjectImage
 from jattn.models.flow_matching import csas_timesteps, flow_matching_loss
 from jattn.sparse.pka import pka_pairs
-from tests.sparse.test_pka import products
+from tests.counting import products
 
 B, H, W, C, M, F = 2, 6, 10, 3, 5, 7
 CONFIG = DiTConfig(

@@ -17,7 +17,7 @@ from jattn.models.van import VANConfig
 from jattn.models.vision import VARIANTS, build
 from jattn.models.vit import ViTConfig
 from jattn.nn.layout import Layout, use_layout
-from tests.sparse.test_pka import products
+from tests.counting import products
 
 B, H, W, C, CLASSES = 3, 14, 22, 2, 5
 NAT = NATConfig(
