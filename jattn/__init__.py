@@ -101,6 +101,7 @@ _MODULE_OF = {
     "large_kernel_attention": "vision.large_kernel",
     "ela": "vision.efficient_local",
     "apply_rotary": "positions",
+    "apply_rotary_axes": "positions",
     "as_attention_fn": "adapters",
     "explain": "dispatch",
     "CATALOG": "catalog",

@@ -1,4 +1,4 @@
-"""Position functions: rotary embedding.
+"""Position functions: rotary embedding, of places in a sequence and in a grid.
 
 Channel pair i of a head is turned by the angle m * w_i at position m, w_i = theta ** (-2 i / D) (Su et al. 2021, eq.
 34), so that the product of a query at m and a key at n depends on m - n only.
@@ -67,3 +67,27 @@ def apply_rotary(
         a, b = turning[..., 0::2].astype(dtype), turning[..., 1::2].astype(dtype)
         turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(turning.shape)
     return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+def apply_rotary_axes(
+    x: Float[Array, "B T N H"], places: Int[Array, "B T A"], *, theta: float = 10_000.0
+) -> Float[Array, "B T N H"]:
+    """Rotary embedding of tokens on a grid of A axes: channels are shared out evenly, each share turns by one axis.
+
+    Args:
+      x: queries or keys; H is a multiple of 2 A.
+      places: integer coordinates of every token; the batch may be 1.
+      theta: base of the wavelengths, of every axis.
+
+    Raises:
+      ValueError: H does not divide into pairs of channels for each axis, or as `apply_rotary`.
+      TypeError: as `apply_rotary`.
+    """
+    axes = places.shape[-1]
+    if x.shape[-1] % (2 * axes):
+        raise ValueError(
+            f"x: each of {axes} axes turns pairs of channels, so a head dim that is a multiple of {2 * axes} is "
+            f"needed, got {x.shape[-1]}"
+        )
+    shares = enumerate(jnp.split(x, axes, axis=-1))
+    return jnp.concatenate([apply_rotary(share, places[..., i], theta=theta) for i, share in shares], axis=-1)

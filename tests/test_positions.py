@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.positions import apply_rotary
+from jattn.positions import apply_rotary, apply_rotary_axes
 
 
 def rotate(x, positions, theta, layout):
@@ -43,6 +43,16 @@ def test_the_rest_passes_unchanged():
     assert out.dtype == jnp.bfloat16
     assert (out[..., 4:] == x[..., 4:]).all()
     assert (out[:, 1:, :, :4] != x[:, 1:, :, :4]).any(axis=-1).all()
+
+
+def test_every_axis_turns_a_share_of_the_channels():
+    rng = np.random.default_rng(3)
+    x, places = rng.normal(size=(2, 5, 3, 12)), rng.integers(0, 23, (2, 5, 3))
+    out = apply_rotary_axes(jnp.asarray(x, jnp.float32), jnp.asarray(places), theta=70.0)
+    turned = [rotate(x[..., 4 * i : 4 * i + 4], places[..., i], 70.0, "half") for i in range(3)]
+    np.testing.assert_allclose(out, np.concatenate(turned, axis=-1), atol=2e-5)
+    with pytest.raises(ValueError, match="a head dim that is a multiple of 10 is needed, got 12"):
+        apply_rotary_axes(jnp.ones((1, 1, 1, 12)), jnp.zeros((1, 1, 5), int))
 
 
 @pytest.mark.parametrize(

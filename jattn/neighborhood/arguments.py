@@ -94,5 +94,5 @@ def check_rel_pos_bias(x: Operands, neighborhood: Neighborhood) -> None:
     if any(axis.stride > 1 or axis.is_causal for axis in axes):
         raise ValueError(
             "rel_pos_bias: it is defined for windows of stride 1 that are not causal; rotate query and key by their "
-            "positions instead (jattn.apply_rotary)"
+            "positions instead (jattn.apply_rotary_axes)"
         )

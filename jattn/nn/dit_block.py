@@ -22,7 +22,7 @@ from jattn import checks
 from jattn.dot_product import dot_product_attention
 from jattn.nn.mixer import Projections, rms_normalise
 from jattn.nn.mlp import MLP
-from jattn.positions import apply_rotary
+from jattn.positions import apply_rotary_axes
 from jattn.sparse.pka import pka_attention
 from jattn.sparse.pka_streams import Outputs, Stream, Streams, Subject
 
@@ -126,7 +126,7 @@ class StreamLayer(nnx.Module):
             value = value + adapter.value(x).reshape(value.shape)
         query, key = rms_normalise(query), rms_normalise(key)
         if places is not None:
-            query, key = (rotate_places(a, places, theta=self.rope_theta) for a in (query, key))
+            query, key = (apply_rotary_axes(a, places[None], theta=self.rope_theta) for a in (query, key))
         return Stream(query, key, value)
 
     def finish(
@@ -270,12 +270,6 @@ def modulation(width: int, parts: int, **settings: Any) -> nnx.Linear:
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return (1 + scale) * x + shift
-
-
-def rotate_places(x: Float[Array, "B L N H"], places: Int[Array, "L 2"], *, theta: float) -> Float[Array, "B L N H"]:
-    """Rotary embedding in two dimensions: the first half of the channels turns by the row, the second by the column."""
-    halves = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([apply_rotary(a, places[None, :, i], theta=theta) for i, a in enumerate(halves)], axis=-1)
 
 
 def _full(streams: Streams) -> Outputs:

@@ -16,7 +16,7 @@ from jattn.linear.distillation import attention_distillation_loss
 from jattn.linear.hedgehog import Activation, hedgehog_feature_map
 from jattn.linear.recurrence import linear_attention, linear_attention_step
 from jattn.nn.carried import attend_carried
-from jattn.nn.softmax import RotaryBlock, SoftmaxMixer
+from jattn.nn.softmax import RotaryBlock, SoftmaxMixer, with_projections_of
 
 Init = Literal["identity", "kaiming"]
 
@@ -140,20 +140,4 @@ def convert_attention(mixer: SoftmaxMixer, *, rngs: nnx.Rngs, **options: Any) ->
       rngs: of the maps.
       options: `feature_dim`, `activation`, `tie_qk` and `init` of `HedgehogMixer`.
     """
-    if not isinstance(mixer, SoftmaxMixer):
-        raise TypeError(f"mixer: expected a SoftmaxMixer, got {type(mixer).__name__}")
-    p = mixer.projections
-    converted = HedgehogMixer(
-        p.query.in_features,
-        num_heads=p.num_heads,
-        num_kv_heads=p.num_kv_heads,
-        head_dim=p.head_dim,
-        qk_norm=mixer.qk_norm,
-        rope_theta=mixer.rope_theta,
-        dtype=p.query.dtype,
-        param_dtype=p.query.param_dtype,
-        rngs=rngs,
-        **options,
-    )
-    converted.projections = nnx.clone(p)
-    return converted
+    return with_projections_of(mixer, HedgehogMixer, rngs=rngs, **options)

@@ -96,9 +96,9 @@ def each_token(
 
 def attend(
     op: Callable[..., Any],
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K V"],
+    query: Float[Array, "B *T N H"],
+    key: Float[Array, "B *T K H"],
+    value: Float[Array, "B *T K V"],
     *,
     arrays: dict[str, Any],
     **options: Any,
@@ -115,7 +115,7 @@ def attend(
     if context is not None and "initial_state" in given:  # a prompt is read by the compiler's own splitting
         return op(query, key, value, **given, **options)
     split = layout.size(layout.heads)
-    by_head = query.shape[2] % split or key.shape[2] % split or value.shape[2] % split
+    by_head = any(x.shape[-2] % split for x in (query, key, value))
     asks = any(reads_heads(options.get(name)) for name in ("mask", "block_mask"))
     heads = None if by_head or asks else layout.heads
     batch = None if query.shape[0] % layout.size(*layout.batch) else layout.batch

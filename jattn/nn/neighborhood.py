@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float
 from jattn import checks
 from jattn.neighborhood.neighborhood import neighborhood_attention
 from jattn.neighborhood.window import Neighborhood
+from jattn.nn.layout import attend
 from jattn.nn.vision_block import dense_init
-from jattn.positions import apply_rotary
+from jattn.positions import apply_rotary_axes
 
 PerAxis = int | tuple[int, ...]
 
@@ -106,7 +107,8 @@ class NeighborhoodAttention(nnx.Module):
         query, key, value = (heads[..., i, :, :] for i in range(3))
         if self.rope_theta is not None:
             query, key = self._rotate(query), self._rotate(key)
-        out = neighborhood_attention(
+        out = attend(
+            neighborhood_attention,
             query,
             key,
             value,
@@ -115,9 +117,8 @@ class NeighborhoodAttention(nnx.Module):
             dilation=self.neighborhood.dilation,
             is_causal=self.neighborhood.is_causal,
             scale=self.scale,
-            rel_pos_bias=self._bias(x.shape[1:-1], query.dtype),
-            key_mask=key_mask,
             clamp_window=self.clamp_window,
+            arrays={"rel_pos_bias": self._bias(x.shape[1:-1], query.dtype), "key_mask": key_mask},
         )
         return self.out(out.reshape(*x.shape[:-1], -1))
 
@@ -143,10 +144,6 @@ class NeighborhoodAttention(nnx.Module):
 
     def _rotate(self, x: Float[Array, "B *grid N H"]) -> Float[Array, "B *grid N H"]:
         batch, *grid, heads, _ = x.shape
-        turned = []
-        for axis, part in enumerate(jnp.split(x, self.rank, axis=-1)):
-            along = jnp.arange(grid[axis]).reshape([-1 if a == axis else 1 for a in range(self.rank)])
-            positions = jnp.broadcast_to(along, grid).reshape(1, -1)
-            flat = apply_rotary(part.reshape(batch, -1, heads, part.shape[-1]), positions, theta=self.rope_theta or 1.0)
-            turned.append(flat.reshape(part.shape))
-        return jnp.concatenate(turned, axis=-1)
+        places = jnp.stack(jnp.meshgrid(*map(jnp.arange, grid), indexing="ij"), axis=-1).reshape(1, -1, self.rank)
+        tokens = x.reshape(batch, -1, heads, x.shape[-1])
+        return apply_rotary_axes(tokens, places, theta=self.rope_theta or 1.0).reshape(x.shape)

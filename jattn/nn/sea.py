@@ -16,7 +16,7 @@ from jattn.linear.sea_decode import SEAState, init_sea_state, sea_continue
 from jattn.linear.sea_loss import sea_distillation_loss
 from jattn.linear.sea_params import SEAParams, init_sea_params
 from jattn.linear.sea_selection import check_selection
-from jattn.nn.softmax import RotaryBlock, SoftmaxMixer
+from jattn.nn.softmax import RotaryBlock, SoftmaxMixer, with_projections_of
 
 
 class Weights(nnx.Module):
@@ -144,21 +144,4 @@ def convert_to_sea(mixer: SoftmaxMixer, *, rngs: nnx.Rngs, **options: Any) -> SE
       rngs: of the estimator.
       options: `k_budget`, `predictor_length`, `feature_factor` and `max_length` of `SEAMixer`.
     """
-    if not isinstance(mixer, SoftmaxMixer):
-        raise TypeError(f"mixer: expected a SoftmaxMixer, got {type(mixer).__name__}")
-    p = mixer.projections
-    converted = SEAMixer(
-        p.query.in_features,
-        num_heads=p.num_heads,
-        num_kv_heads=p.num_kv_heads,
-        head_dim=p.head_dim,
-        value_dim=p.value_dim,
-        qk_norm=mixer.qk_norm,
-        rope_theta=mixer.rope_theta,
-        dtype=p.query.dtype,
-        param_dtype=p.query.param_dtype,
-        rngs=rngs,
-        **options,
-    )
-    converted.projections = nnx.clone(p)
-    return converted
+    return with_projections_of(mixer, SEAMixer, rngs=rngs, **options)

@@ -190,6 +190,36 @@ class SoftmaxMixer(RotaryBlock):
         return p.flops(batch * length) + batch * length**2 * p.num_heads * (p.head_dim + p.value_dim)
 
 
+def with_projections_of[Kind: RotaryBlock](
+    mixer: SoftmaxMixer, kind: type[Kind], *, rngs: nnx.Rngs, **options: Any
+) -> Kind:
+    """A mixer of `kind` with a copy of the projections of `mixer`, its norms and its rotary positions.
+
+    Args:
+      mixer: stays as it is.
+      rngs: of what `kind` has besides.
+      options: of `kind`.
+    """
+    if not isinstance(mixer, SoftmaxMixer):
+        raise TypeError(f"mixer: expected a SoftmaxMixer, got {type(mixer).__name__}")
+    p = mixer.projections
+    converted = kind(
+        p.query.in_features,
+        num_heads=p.num_heads,
+        num_kv_heads=p.num_kv_heads,
+        head_dim=p.head_dim,
+        value_dim=p.value_dim,
+        qk_norm=mixer.qk_norm,
+        rope_theta=mixer.rope_theta,
+        dtype=p.query.dtype,
+        param_dtype=p.query.param_dtype,
+        rngs=rngs,
+        **options,
+    )
+    converted.projections = nnx.clone(p)
+    return converted
+
+
 class SlidingWindowMixer(RotaryBlock):
     """Causal softmax attention over the `window` most recent tokens, the token itself included.
 
