@@ -260,39 +260,7 @@ def test_it_merges_with_attention_to_other_tokens_gradients_included():
         assert_close(want[0], defined(x, Neighborhood(**options).dense(grid)[None]))
 
 
-# NATTEN's own test matrix, a covering part of it, in its tolerances
-
-NATTEN = [
-    ((125,), 3, 2, 10, False, 8),
-    ((128,), 61, 61, 1, True, 16),
-    ((256,), 8, 5, 5, True, 24),
-    ((256,), 255, 32, 1, False, 8),
-    ((5, 25), (5, 16), (1, 16), 1, (True, False), 8),
-    ((84, 19), (7, 3), (3, 1), (5, 1), (False, True), 16),
-    ((67, 80), (12, 7), (8, 4), (5, 11), (False, False), 8),
-    ((13, 11, 9), (3, 4, 3), (2, 3, 3), (3, 2, 2), (True, True, False), 24),
-    ((8, 12, 12), (6, 8, 12), (4, 8, 1), (1, 1, 1), (False, True, False), 8),
-]
-
-
-@pytest.mark.parametrize(("grid", "window", "stride", "dilation", "is_causal", "value_dim"), NATTEN)
-def test_implementations_agree_on_nattens_problems(grid, window, stride, dilation, is_causal, value_dim):
-    rng = np.random.default_rng(0)
-    heads = 1 if math.prod(grid) > 4000 else 2  # the dense definition is what takes time
-    shapes = ((1, *grid, heads, 8), (1, *grid, 1, 8), (1, *grid, 1, value_dim))
-    x = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    d_out = 0.05 * rng.standard_normal((1, *grid, heads, value_dim)).astype(np.float32)
-    options = {"kernel_size": window, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-
-    @functools.partial(quick_jit, static_argnums=0)
-    def run(implementation: str, *x: Any) -> Any:
-        op = functools.partial(neighborhood_attention, **options, implementation=implementation)
-        out, pull_back = jax.vjp(op, *x)
-        return out, *pull_back(d_out)
-
-    # NATTEN allows 1e-4, and 1e-2 for dq, in float32.
-    for got, want in zip(run("xla", *x), run("reference", *x), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+# Every combination, and short floats
 
 
 @pytest.mark.parametrize("is_causal", [*itertools.product((False, True), repeat=3)])
