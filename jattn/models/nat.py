@@ -24,9 +24,9 @@ from jaxtyping import Array, Float
 
 from jattn import checks
 from jattn.nn.conv import convolution, convolution_flops, strided
-from jattn.nn.drop_path import check_drop_path, drop_path_rates, fold, training_key
-from jattn.nn.layout import pin
+from jattn.nn.drop_path import check_drop_path, drop_path_rates, training_key
 from jattn.nn.neighborhood import NeighborhoodAttention
+from jattn.nn.stack import run_blocks
 from jattn.nn.vision_block import VisionBlock, check_images, check_stages, classify, dense_init
 
 
@@ -186,9 +186,7 @@ class NATStage(nnx.Module):
         self.downsample = None if last else Downsampler(width, config.layout, **settings)
 
     def __call__(self, x: Float[Array, "B H W C"], *, key: Array | None, first: int) -> Float[Array, "B H W C"]:
-        for index, (block, rate) in enumerate(zip(self.blocks, self.rates, strict=True)):
-            x = block(pin(x), rate=rate, key=fold(key, first + index))
-        return x
+        return run_blocks(self.blocks, x, rates=self.rates, key=key, first=first)
 
     def flops(self, height: int, width: int) -> int:
         pixels = height * width

@@ -1,0 +1,67 @@
+"""A stack of blocks against its blocks one by one, and how much of it is compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jattn.nn import stack
+from jattn.nn.drop_path import fold
+from jattn.nn.neighborhood import NeighborhoodAttention
+from jattn.nn.vision_block import VisionBlock
+
+WIDTH, GRID, FIRST = 8, (7, 5), 3
+
+
+def blocks(dilations):
+    rngs = nnx.Rngs(0)
+
+    def block(dilation):
+        attention = NeighborhoodAttention(
+            WIDTH, num_heads=2, kernel_size=(3, 2), dilation=dilation, rel_pos_bias=True, rngs=rngs
+        )
+        return VisionBlock(attention, WIDTH, 11, layer_scale=0.5, rngs=rngs)
+
+    return nnx.List([block(dilation) for dilation in dilations])
+
+
+def one_by_one(modules, x, rates, key):
+    for index, (block, rate) in enumerate(zip(modules, rates, strict=True)):
+        x = block(x, rate=rate, key=fold(key, FIRST + index))
+    return x
+
+
+def together(modules, x, rates, key):
+    return stack.run_blocks(modules, x, rates=rates, key=key, first=FIRST)
+
+
+@pytest.mark.parametrize(
+    ("dilations", "loops"),
+    [((1,) * 5, 1), ((1, 2) * 3 + (1,), 1), ((1, 2, 1, 2), 0), ((1, 2, 2, 1, 1), 0), ((2,), 0)],
+    ids=["alike", "in turn, and one more", "too few in turn", "irregular", "one"],
+)
+@pytest.mark.parametrize("key", [None, jax.random.key(5)], ids=["fixed", "random"])
+def test_a_loop_changes_nothing(dilations, loops, key):
+    graph, parameters = nnx.split(blocks(dilations))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, *GRID, WIDTH)), jnp.float32)
+    rates = np.linspace(0, 0.5, len(dilations)).tolist()
+
+    def loss(run):
+        return lambda parameters, x: jnp.sum(jnp.sin(run(nnx.merge(graph, parameters), x, rates, key)))
+
+    got, want = (jax.jit(jax.value_and_grad(loss(run), (0, 1)))(parameters, x) for run in (together, one_by_one))
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    equations = jax.make_jaxpr(loss(together))(parameters, x).jaxpr.eqns
+    assert sum(equation.primitive.name == "scan" for equation in equations) == loops
+
+
+def test_what_is_compiled_does_not_grow():
+    def length(count):
+        graph, parameters = nnx.split(blocks((1,) * count))
+        x = jnp.zeros((1, *GRID, WIDTH))
+        run = jax.jit(lambda parameters, x: together(nnx.merge(graph, parameters), x, [0.0] * count, None))
+        return run.lower(parameters, x).as_text().count("dot_general")
+
+    assert length(4) == length(9) > 0
