@@ -54,6 +54,7 @@ def fused_attention(
         by_row,
         by_col,
         element=_element(block_mask),
+        interval=_rule(block_mask).interval,
         score_mod=score_mod,
         captured=x.captured or (),
         q_segment_ids=x.q_segments,
@@ -88,10 +89,15 @@ def _gpu_blocks(mask: Mask, x: Operands) -> BlockMask:
     return BlockMask.from_expr(mask, *lengths, cut.block_q, cut.block_kv)
 
 
-def _element(mask: Any) -> Callable[..., Any] | None:
-    """The rule of partial blocks, for the kernel."""
+def _rule(mask: Any) -> Mask:
+    """The rule of partial blocks."""
     rule = mask.mask if isinstance(mask, BlockMask) else mask
-    return None if rule in (None, Full()) else rule.elem
+    return Full() if rule is None else rule
+
+
+def _element(mask: Any) -> Callable[..., Any] | None:
+    rule = _rule(mask)
+    return None if rule == Full() else rule.elem
 
 
 def check_fused(

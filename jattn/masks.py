@@ -5,12 +5,13 @@ A mask is a predicate `M(t, s)` on query position `t` and key position `s`. Leav
 >>> Causal() & SlidingWindow(1024) | Sink(4)
 Causal() & SlidingWindow(1024) | Sink(4)
 
-Three readings of one expression feed everything else:
+Four readings of one expression feed everything else:
 
 * `elem(t, s)`: the predicate itself, on NumPy or JAX integers (kernels, references);
 * `classify(t0, t1, s0, s1)`: is the rectangle `[t0, t1] x [s0, s1]` empty (0), partial (1) or full (2)? Exact for
   leaves. `&` is the minimum, `|` the maximum and `~` is `2 - kind`: never wrong, at worst a needless "partial";
-* `block_lists(...)`: the pairs of blocks a kernel must visit, from `classify` alone; no `T x S` array is ever built.
+* `block_lists(...)`: the pairs of blocks a kernel must visit, from `classify` alone; no `T x S` array is ever built;
+* `interval(t)`: where the keys of every query are neighbors, the first of them and the one after the last.
 
 Masks compare by value and may key a cache. They hold static numbers only; data such as document ids goes through the
 `segment_ids` of an op, an arbitrary array through its `mask`.
@@ -31,6 +32,14 @@ from jattn.checks import check_count
 from jattn.mask_picture import picture, svg
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+_FAR = 2**62  # beyond every position
+
+
+class Interval(NamedTuple):
+    """Of keys, for each of the queries that were asked about: `low <= s < high`."""
+
+    low: Int[np.ndarray, ...]
+    high: Int[np.ndarray, ...]
 
 
 class Mask:
@@ -55,6 +64,13 @@ class Mask:
     def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> Int8[np.ndarray, ...]:
         """0 (empty), 1 (partial) or 2 (full) for rectangles with inclusive bounds, elementwise over NumPy integers."""
         raise NotImplementedError
+
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval | None:
+        """The keys `low <= s < high` that each query sees, if they are that for all queries; else `None`.
+
+        A query that sees nothing has `high <= low`.
+        """
+        return None
 
     def dense(self, q_len: int, kv_len: int, head: int | None = None) -> Bool[np.ndarray, "T S"]:
         """The whole mask for positions from 0; for tests and small inputs."""
@@ -115,6 +131,9 @@ class Full(Mask):
     def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> np.ndarray:
         return np.full(np.broadcast_shapes(np.shape(q_lo), np.shape(kv_lo)), FULL, np.int8)
 
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval:
+        return Interval(np.full_like(q_pos, -_FAR), np.full_like(q_pos, _FAR))
+
     def __invert__(self) -> Mask:
         return Empty()
 
@@ -128,6 +147,9 @@ class Empty(Mask):
 
     def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> np.ndarray:
         return np.full(np.broadcast_shapes(np.shape(q_lo), np.shape(kv_lo)), EMPTY, np.int8)
+
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval:
+        return Interval(np.zeros_like(q_pos), np.zeros_like(q_pos))
 
     def __invert__(self) -> Mask:
         return Full()
@@ -147,6 +169,9 @@ class Causal(Mask):
 
     def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> np.ndarray:
         return _kind(some=kv_lo <= q_hi + self.offset, every=kv_hi <= q_lo + self.offset)
+
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval:
+        return Interval(np.full_like(q_pos, -_FAR), q_pos + self.offset + 1)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -174,6 +199,9 @@ class SlidingWindow(Mask):
             every=(farthest <= self.left) & (nearest >= -self.right),
         )
 
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval:
+        return Interval(q_pos - self.left, q_pos + self.right + 1)
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Sink(Mask):
@@ -193,6 +221,9 @@ class Sink(Mask):
 
     def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> np.ndarray:
         return _kind(some=kv_lo < self.n + 0 * q_lo, every=kv_hi < self.n + 0 * q_lo)
+
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval:
+        return Interval(np.full_like(q_pos, -_FAR), np.full_like(q_pos, self.n))
 
 
 Prefix = Sink
@@ -215,6 +246,9 @@ class Chunked(Mask):
         last = np.minimum(q_hi // self.size, kv_hi // self.size)
         one_chunk = (q_lo // self.size == q_hi // self.size) & (kv_lo // self.size == kv_hi // self.size)
         return _kind(some=first <= last, every=(first == last) & one_chunk)
+
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval:
+        return Interval(q_pos // self.size * self.size, (q_pos // self.size + 1) * self.size)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -297,6 +331,10 @@ class NearBlocks(Mask):
             every=(nearest >= 0) & (farthest < self.count),
         )
 
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval:
+        high = ((q_pos + self.offset) // self.block + 1) * self.block
+        return Interval(high - self.count * self.block, high)
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Fn(Mask):
@@ -336,6 +374,12 @@ class And(Mask):
 
     def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> np.ndarray:
         return functools.reduce(np.minimum, (term.classify(q_lo, q_hi, kv_lo, kv_hi) for term in self.terms))
+
+    def interval(self, q_pos: Int[np.ndarray, ...]) -> Interval | None:
+        found = [each for each in (term.interval(q_pos) for term in self.terms) if each is not None]
+        if len(found) < len(self.terms):
+            return None
+        return Interval(np.max([each.low for each in found], axis=0), np.min([each.high for each in found], axis=0))
 
     def __repr__(self) -> str:
         return " & ".join(f"({term!r})" if isinstance(term, Or) else repr(term) for term in self.terms)

@@ -118,6 +118,20 @@ def test_operators_are_those_of_sets(a: Mask, b: Mask):
     assert ~~a == a
 
 
+INTERVALS = (Full, Empty, Causal, SlidingWindow, Sink, Chunked, NearBlocks)
+walls = leaves.filter(lambda leaf: isinstance(leaf, INTERVALS))
+
+
+@given(walls, walls, leaves)
+def test_an_interval_is_the_mask(a: Mask, b: Mask, c: Mask):
+    low, high = (a & b).interval(np.arange(T))
+    np.testing.assert_array_equal((low[:, None] <= np.arange(S)) & (np.arange(S) < high[:, None]), (a & b).dense(T, S))
+    simple = a & b & c
+    known = isinstance(c, INTERVALS) or simple == Empty()
+    assert (simple.interval(np.arange(T)) is not None) == known
+    assert (a | ~Stride(4)).interval(np.arange(T)) is None or isinstance(a, Full)
+
+
 @given(trees)
 @settings(max_examples=40)
 def test_repr_is_the_expression(mask: Mask):

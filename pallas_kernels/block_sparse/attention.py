@@ -22,7 +22,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse import backward_gpu, backward_tpu, forward_gpu, forward_tpu, gpu, lists, scores, tiling
+from pallas_kernels.block_sparse import (
+    addends,
+    backward_gpu,
+    backward_tpu,
+    forward_gpu,
+    forward_tpu,
+    gpu,
+    intervals,
+    lists,
+    scores,
+    tiling,
+)
+from pallas_kernels.block_sparse.intervals import Intervals
 from pallas_kernels.block_sparse.marks import LEAST_SCALE, choose_marks, marked_keys
 from pallas_kernels.block_sparse.tiling import LANES, Blocks, Tiling
 from pallas_kernels.block_sparse.walk import Problem
@@ -52,6 +64,7 @@ class Operands(NamedTuple):
     q_segments: Array | None
     kv_segments: Array | None
     windows: Windows | None
+    intervals: Intervals | None
     by_row: Any
     by_col: Any
 
@@ -59,8 +72,10 @@ class Operands(NamedTuple):
         """What both walks read."""
         names = ("query", "key", "value", "kv_bias", "sinks", "seed", "q_segments", "kv_segments")
         captured = {f"captured{i}": x for i, x in enumerate(self.captured)}
-        windows = dict.fromkeys(Windows._fields) if self.windows is None else self.windows._asdict()
-        return {**{name: getattr(self, name) for name in names}, **windows, **captured}
+        masks = dict.fromkeys((*Windows._fields, *Intervals._fields))
+        for found in (self.windows, self.intervals):
+            masks |= {} if found is None else found._asdict()
+        return {**{name: getattr(self, name) for name in names}, **masks, **captured}
 
 
 def block_sparse_attention(
@@ -71,6 +86,7 @@ def block_sparse_attention(
     by_col: Any = None,
     *,
     element: Callable[..., Any] | None = None,
+    interval: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
     captured: Sequence[Array] = (),
     q_segment_ids: Int[Array, "B T"] | None = None,
@@ -95,6 +111,8 @@ def block_sparse_attention(
         `lists.BlockLists`.
       by_col: the same pairs sorted by col. Gradients need it, on TPU those of sequences that are too long for the chip.
       element: `element(q_pos, kv_pos, head) -> bool` on broadcast integers, asked in partial blocks only.
+      interval: the same rule as `interval(q_pos) -> (low, high)` on NumPy integers, where the keys that each query
+        sees are those from low to high - 1, or `None` where they are not. On TPU it takes less time.
       score_mod: f above, `score_mod(y, b, h, q_pos, kv_pos, *captured)`, on a tile of float32.
       captured: arrays that it reads by scalar indices, such as `slopes[h]`. They have gradients.
       q_segment_ids, kv_segment_ids: only equal ids attend to each other. A full block promises that they are equal.
@@ -112,6 +130,7 @@ def block_sparse_attention(
     blocks = (block_q, block_kv)
     functions: Any = {"element": element, "score_mod": score_mod, "captured": captured}
     check(query, key, value, block_q=block_q, block_kv=block_kv, platform=platform, **functions)
+    reads, adds = _read(score_mod, captured)
     (batch, q_len, heads, width), (kv_len, kv_heads, value_width) = query.shape, value.shape[1:]
     sizes = (q_len, kv_len, width, value_width, query.dtype)
     choose: Any = tiling.choose_blocks if platform in GPU else tiling.choose
@@ -160,6 +179,7 @@ def block_sparse_attention(
         q_segments=None if q_segment_ids is None else q_segment_ids.astype(jnp.int32),
         kv_segments=None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
         windows=None if windows is None else whole_windows(windows),
+        intervals=None,
         by_row=by_row,
         by_col=by_col,
     )
@@ -172,13 +192,18 @@ def block_sparse_attention(
         penalties_last = score_mod is None and soft_cap is None and (scale > LEAST_SCALE or query.dtype == jnp.float32)
         if windows is not None and penalties_last:
             marks = choose_marks(windows.place, block_kv, width, may_widen=cut.split)
+        operands, sides = _with_intervals(operands, element, interval, block_kv)
+        if operands.intervals is not None:
+            fixed["groups"] = operands.intervals.ends.shape[0]
         p = Problem(
             width=_whole(width if marks is None else marks.end),
             value_width=_whole(value_width),
             # Lanes beyond the values are there anyway; a tile of ones is added where it costs nothing. With dropout
             # what is multiplied by them is not what is summed up.
             sum_lane=value_width if (value_width % LANES or cut.ones) and not dropout_rate else None,
-            reads=_reads(score_mod, captured),
+            sides=sides,
+            adds=adds and soft_cap is None,
+            reads=reads,
             tiling=cut,
             steps=by_row.row.shape[2],
             col_steps=by_col.row.shape[2] if by_col is not None else 0,
@@ -195,6 +220,16 @@ def block_sparse_attention(
     return out, jnp.moveaxis(lse, 1, 2)
 
 
+def _with_intervals(x: Operands, element: Any, interval: Any, block_kv: int) -> tuple[Operands, int]:
+    """And on how many sides they bound what queries see; 0: rules are to be asked, or nothing is."""
+    rules = element is not None or x.q_segments is not None
+    if x.windows is not None or not rules or (element is not None and interval is None):
+        return x, 0
+    sizes: Any = {"q_len": x.query.shape[1], "kv_len": x.key.shape[1], "block_kv": block_kv}
+    found = intervals.find(interval if element is not None else None, x.q_segments, x.kv_segments, **sizes)
+    return (x, 0) if found is None else (x._replace(intervals=found[0]), found[1])
+
+
 def _laid_out(p: Problem, x: Operands) -> Operands:
     """As the TPU reads them."""
     sizes: Any = {"lengths": (p.q_len, p.kv_len), "blocks": (p.tiling.block_q, p.tiling.block_kv)}
@@ -205,6 +240,7 @@ def _laid_out(p: Problem, x: Operands) -> Operands:
         kv_bias=None if x.kv_bias is None else x.kv_bias[:, :, None],
         q_segments=None if x.q_segments is None else x.q_segments[:, None],
         kv_segments=None if x.kv_segments is None else x.kv_segments[:, None],
+        intervals=None if x.intervals is None else intervals.whole(x.intervals, p.rows * p.tiling.block_q),
         by_row=jnp.asarray(lists.pack(x.by_row, **sizes)),
         by_col=None if x.by_col is None else jnp.asarray(lists.pack(x.by_col, **sizes)),
     )
@@ -225,7 +261,7 @@ def check(
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     _check_arrays(query, key, value, captured, platform=platform, block_q=block_q, block_kv=block_kv)
     _check_element(element)
-    _reads(score_mod, captured)
+    _read(score_mod, captured)
 
 
 def _check_arrays(
@@ -262,10 +298,10 @@ def _check_element(element: Callable[..., Any] | None) -> None:
         raise NotImplementedError("element: the kernel holds no arrays of its surroundings, and this mask reads some")
 
 
-def _reads(score_mod: Callable[..., Any] | None, captured: Sequence[Array]) -> int:
-    """How many numbers that have gradients the score function reads from captured arrays."""
+def _read(score_mod: Callable[..., Any] | None, captured: Sequence[Array]) -> tuple[int, bool]:
+    """How many numbers that have gradients the score function reads from captured arrays, and if all it does is add."""
     if score_mod is None:
-        return 0
+        return 0, False
     count = 0
 
     def run(x: Array, b: Array, h: Array, q_pos: Array, kv_pos: Array, *arrays: Array) -> Array:
@@ -289,7 +325,7 @@ def _reads(score_mod: Callable[..., Any] | None, captured: Sequence[Array]) -> i
         )
     if out.shape != tile or out.dtype != jnp.float32:
         raise ValueError(f"score_mod: expected scores float32{list(tile)} back, got {out.dtype}{list(out.shape)}")
-    return count
+    return count, addends.is_addend(program)
 
 
 def _scalar_dtype(x: Array) -> Any:

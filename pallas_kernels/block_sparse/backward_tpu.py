@@ -17,20 +17,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse import scores, walk
-from pallas_kernels.block_sparse.lists import EDGE, FULL, PARTIAL, col_of, kind_of, row_of
+from pallas_kernels.block_sparse import addends, scores, walk
+from pallas_kernels.block_sparse.intervals import Test
+from pallas_kernels.block_sparse.lists import col_of, kind_of, row_of
 from pallas_kernels.block_sparse.tiling import LANES
 from pallas_kernels.block_sparse.walk import Problem, Refs, Step
 
-ONES = 16
-"""Rows of ones below q^T, one tile of bfloat16, whose products with dy are the gradient of the bias of keys."""
+ROWS = 16
+"""One tile of bfloat16. So many rows below q^T: ones, whose products with dy are the gradient of the bias of keys, and
+what else the gradients of an addend of scores take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,20 +90,24 @@ def _kernel(p: Problem, plan: Plan, table: Any, r: Refs) -> None:
 
     @pl.when((g == 0) & (first if plan.by_col else a == 0))
     def _() -> None:
-        for sums in (r.key_sums, r.value_sums, *(r[name] for name in r if name.startswith("dcaptured"))):
+        for sums in (r.key_sums, r.value_sums):
             if sums is not None:
                 sums[...] = jnp.zeros_like(sums)
 
-    begin_row = functools.partial(_begin_row, p, row * t.block_q, r)
+    @pl.when((g == 0) & (a == 0))
+    def _() -> None:
+        for name in r:
+            if name.startswith("dcaptured"):
+                r[name][...] = jnp.zeros_like(r[name])
+
+    step = Step(b, n, row * t.block_q, col * t.block_kv, kind)
+    begin_row = functools.partial(_begin_row, p, step, r)
     if plan.by_col:
         begin_row()
     else:
         pl.when(first)(begin_row)
 
-    step = Step(b, n, row * t.block_q, col * t.block_kv, kind)
-    visit = functools.partial(_visit, p, step, 0 if plan.by_col else col, r)
-    pl.when(kind == FULL)(functools.partial(visit, masked=False))
-    pl.when((kind == PARTIAL) | (kind == EDGE))(functools.partial(visit, masked=True))
+    scores.visit(p, step, r, t.backward.kv, functools.partial(_visit, p, 0 if plan.by_col else col))
 
     if plan.queries:
 
@@ -113,18 +120,27 @@ def _kernel(p: Problem, plan: Plan, table: Any, r: Refs) -> None:
         pl.when(at_end)(functools.partial(_end_columns, p, plan, r))
 
 
-def _begin_row(p: Problem, start: Any, r: Refs) -> None:
-    q, do = _inside(p, r.query[...], start), _inside(p, r.out_gradient[...], start)
+def _begin_row(p: Problem, step: Step, r: Refs) -> None:
+    t = p.tiling
+    q, do = (_inside(p, x[...], step.q_start) for x in (r.query, r.out_gradient))
     if r.query_sums is not None:
         r.query_sums[...] = jnp.zeros_like(r.query_sums)
     if r.key_sums is not None:
         r.q_upright[: p.width] = q.T
         r.do_upright[...] = do.T
-        if r.dkv_bias is not None:
-            r.q_upright[p.width :] = jnp.ones((ONES, q.shape[0]), q.dtype)
+        if r.q_upright.shape[0] > p.width:
+            size = r.q_upright.shape[0] - p.width, t.block_q
+            found = jnp.zeros(size, jnp.float32)
+            below = [jnp.ones((1, t.block_q), jnp.float32)]
+            for derivative in _derivatives(p, step, Trained(r), addends.column, step.q_start, t.block_q, t.backward.q):
+                below += addends.parts(derivative, p.dtype)
+            for i, row in enumerate(below):
+                found = jnp.where(walk.iota(size, 0) == i, row, found)
+            r.q_upright[p.width :] = found.astype(p.dtype)
     if r.prepared is not None:
         r.prepared[...] = scores.prepared(p, q)
-    r.shift_columns[...] = walk.upright(r.shift[...])
+    shift, lowered = r.shift[...], scores.lowered(p, r, step, t.backward.q)
+    r.shift_columns[...] = walk.upright(shift if lowered is None else shift - lowered * scores.LOG2E)
     r.delta_columns[...] = walk.upright(r.delta[...])
     scores.begin_queries(p, r)
 
@@ -143,12 +159,14 @@ def _inside(p: Problem, x: jax.Array, start: Any) -> jax.Array:
     return scores.within(x, start, p.q_len) if p.ragged_q else x
 
 
-def _visit(p: Problem, step: Step, slot: Any, r: Refs, *, masked: bool) -> None:
-    t = p.tiling
-    rows, columns = walk.parts(t.block_q, t.backward.q), walk.parts(t.block_kv, t.backward.kv)
+def _visit(p: Problem, slot: Any, step: Step, r: Refs, test: Test) -> None:
+    t, masked = p.tiling, test is not Test.NOTHING
+    rows, columns = walk.parts(t.block_q, t.backward.q), walk.parts(r.key.shape[0], t.backward.kv)
     units = [(i, j) for j in range(len(columns)) for i in range(len(rows))]
 
-    queries = scores.queries(p, r, masked=masked)
+    queries, trained = scores.queries(p, r, test), Trained(r)
+    # Gradients of what an addend read, by the keys of a tile.
+    gradients = [jnp.zeros((1, t.backward.kv), jnp.float32)] * (trained.most(p) if p.adds else 0)
 
     def query(i: int, ref: Any) -> jax.Array:
         x = ref[rows[i]]
@@ -165,7 +183,7 @@ def _visit(p: Problem, step: Step, slot: Any, r: Refs, *, masked: bool) -> None:
         y = scores.biased(p, r, scores.product(p, q, key(j, r.key)), here, columns[j])
         x, pull_back = _modified(p, here, y, r)
         u, capped = scores.binary(p, x)
-        allowed = scores.allowed(p, r, here, rows[i], columns[j]) if masked else None
+        allowed = scores.allowed(p, r, here, rows[i], columns[j], test)
         if allowed is not None:
             u = jnp.where(allowed, u, -jnp.inf)
         dp = walk.dot(query(i, r.out_gradient), key(j, r.value), (1, 1))
@@ -187,40 +205,79 @@ def _visit(p: Problem, step: Step, slot: Any, r: Refs, *, masked: bool) -> None:
         if r.key_sums is not None:
             weights = (weights if kept is None else weights * kept).astype(p.dtype)
             r.value_sums[slot, :, columns[j]] += walk.dot(r.do_upright[:, rows[i]], weights)
-            r.key_sums[slot, :, columns[j]] += walk.dot(r.q_upright[:, rows[i]], dy)
+            products = walk.dot(r.q_upright[:, rows[i]], dy)
+            r.key_sums[slot, :, columns[j]] += products[: r.key_sums.shape[1]]
+            if gradients:
+                here = scores.place(step, rows[i], columns[j])
+                derivatives = _derivatives(p, step, trained, addends.row, here.q_pos, here.kv_pos)
+                below = iter(walk.parts(products.shape[0], 1)[p.width :])
+                ones = products[next(below)]
+                for k, derivative in enumerate(derivatives):
+                    of_column = (products[next(below)] for _ in range(addends.pieces(p.dtype)))
+                    gradients[k] += ones * derivative + sum(of_column)
         if r.query_sums is not None:
             r.query_sums[rows[i]] += walk.dot(dy, key(j, r.key))
+    trained.add([jnp.sum(each) for each in gradients])
 
 
 def _modified(p: Problem, here: scores.Place, x: jax.Array, r: Refs) -> tuple[jax.Array, Any]:
     """f(y), and what turns dx into dy and adds the gradients of what f read from captured arrays to theirs."""
-    if p.score_mod is None:
+    if not p.bends:
         return x, None
-    wanted = [i for i in range(len(p.captured)) if f"dcaptured{i}" in r]
-    read: list[tuple[int, Any]] = []
+    trained = Trained(r)
 
-    def modify(x: jax.Array, offsets: list[jax.Array]) -> jax.Array:
-        def scalar(i: int, flat: Any) -> Any:
-            value = r[f"captured{i}"][flat]
-            if i not in wanted:
-                return value
-            read.append((i, flat))
-            return value + offsets[len(read) - 1]
+    def modify(x: jax.Array, numbers: list[jax.Array]) -> jax.Array:
+        return scores.modified(p, r, here, x, trained.reader(numbers))
 
-        return scores.modified(p, r, here, x, scalar)
-
-    # Every scalar that is read is a variable of its own, at a value to which nothing is added.
-    offsets = [jnp.float32(0)] * p.reads if wanted else []
-    modified, transpose = jax.vjp(modify, x, offsets)
+    modified, transpose = jax.vjp(modify, x, [jnp.float32(0)] * trained.most(p))
 
     def pull_back(dx: jax.Array) -> jax.Array:
         dy, gradients = transpose(dx)
-        for (i, flat), gradient in zip(read, gradients[: len(read)], strict=True):
-            sums = r[f"dcaptured{i}"]
-            sums[...] += jnp.where(walk.iota(sums.shape, 1) == flat, gradient, 0)
+        trained.add(gradients)
         return dy
 
     return modified, pull_back
+
+
+class Trained:
+    """What a score function reads from captured arrays whose gradients are wanted.
+
+    Every number that is read is a variable of its own, to which nothing is added.
+    """
+
+    def __init__(self, r: Refs) -> None:
+        self.r, self.places = r, list[tuple[int, Any]]()
+
+    def most(self, p: Problem) -> int:
+        return p.reads if any(name.startswith("dcaptured") for name in self.r) else 0
+
+    def reader(self, numbers: Sequence[Any]) -> Callable[[int, Any], Any]:
+        self.places.clear()
+
+        def read(i: int, flat: Any) -> Any:
+            value = self.r[f"captured{i}"][flat]
+            if f"dcaptured{i}" not in self.r:
+                return value
+            self.places.append((i, flat))
+            return value + numbers[len(self.places) - 1]
+
+        return read
+
+    def add(self, gradients: Sequence[jax.Array]) -> None:
+        """Of the numbers in the order in which they were read."""
+        for (i, flat), gradient in zip(self.places, gradients[: len(self.places)], strict=True):
+            sums = self.r[f"dcaptured{i}"]
+            sums[...] += jnp.where(walk.iota(sums.shape, 1) == flat, gradient, 0)
+
+
+def _derivatives(p: Problem, step: Step, trained: Trained, part: Any, *at: Any) -> list[jax.Array]:
+    """Of the row or the column of an addend, by every number that it reads."""
+
+    def of(*numbers: Any) -> jax.Array:
+        return part(scores.addend(p, step, lambda: trained.reader(numbers)), *at)
+
+    zeros = [jnp.float32(0)] * trained.most(p)
+    return [jax.jvp(of, zeros, [*zeros[:k], jnp.float32(1), *zeros[k + 1 :]])[1] for k in range(len(zeros))]
 
 
 def _end_columns(p: Problem, plan: Plan, r: Refs) -> None:
@@ -287,17 +344,18 @@ def _walk(
     blocks = walk.specs(p, plan.where, p.col_steps if plan.by_col else p.steps)
     blocks |= {"out_gradient": blocks["out"], "shift": blocks["lse"], "delta": blocks["lse"], "dq": blocks["query"]}
     results: dict[str, Any] = {}
-    scratch: dict[str, Any] = dict.fromkeys(("shift_columns", "delta_columns"), ((t.block_q, LANES), f32))
+    scratch: dict[str, Any] = dict.fromkeys(("shift_columns", "delta_columns"), pltpu.VMEM((t.block_q, LANES), f32))
     scratch |= scores.query_scratch(p, operands)
     if plan.queries:
         results["dq"] = ((p.batch, p.q_len, p.heads * p.width), p.dtype)
-        scratch["query_sums"] = ((t.block_q, p.width), f32)
+        scratch["query_sums"] = pltpu.VMEM((t.block_q, p.width), f32)
+    if plan.keys if p.adds else plan.queries:
         for i in with_captured:
             size = math.prod(p.captured[i])
             results[f"dcaptured{i}"] = ((p.batch, plan.heads, 1, size), f32)
             blocks[f"dcaptured{i}"] = pl.BlockSpec((None, None, 1, size), lambda b, h, *_: (b, h, 0, 0))
     if plan.keys:
-        rows = p.width + (ONES if with_bias else 0)
+        rows = p.width + (ROWS if with_bias else 0)
         held, dtype = plan.held * t.block_kv, p.dtype if plan.heads == p.kv_heads else f32
 
         def key(sizes: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
@@ -313,10 +371,11 @@ def _walk(
         if with_bias:
             results["dkv_bias"] = ((p.batch, plan.heads, p.columns, 1, t.block_kv), f32)
             blocks["dkv_bias"] = key((None, None, plan.held, 1, t.block_kv), lambda b, h, col: (b, h, col, 0, 0))
-        scratch["q_upright"] = ((rows, t.block_q), p.dtype)
-        scratch["do_upright"] = ((p.value_width, t.block_q), p.dtype)
-        scratch["key_sums"] = ((plan.held, rows, t.block_kv), f32)
-        scratch["value_sums"] = ((plan.held, p.value_width, t.block_kv), f32)
+        below = addends.rows(p.reads, p.dtype) if p.adds and with_captured else int(with_bias)
+        scratch["q_upright"] = pltpu.VMEM((p.width + -(-below // ROWS) * ROWS, t.block_q), p.dtype)
+        scratch["do_upright"] = pltpu.VMEM((p.value_width, t.block_q), p.dtype)
+        scratch["key_sums"] = pltpu.VMEM((plan.held, rows, t.block_kv), f32)
+        scratch["value_sums"] = pltpu.VMEM((plan.held, p.value_width, t.block_kv), f32)
     found = walk.call(
         p,
         functools.partial(_kernel, p, plan),

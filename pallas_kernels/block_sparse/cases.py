@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,19 +40,19 @@ def cases(target: str) -> dict[str, Case]:
     cut = choose(*shape, kind=kind)
 
     def causal(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        return _attend(cut, _is_causal, _causal, query, key, value, **options)
+        return _attend(cut, _is_causal, CAUSAL, query, key, value, **options)
 
     def window(query: Any, key: Any, value: Any, ids: Any) -> Any:
         def classify(near: Any, far: Any) -> Any:
             return (far >= 0) & (near <= WINDOW), np.zeros_like(near, bool)
 
-        return _attend(cut, classify, _window, query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
+        return _attend(cut, classify, WINDOWS, query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
 
     def alibi(query: Any, key: Any, value: Any, slopes: Any) -> Any:
         return causal(query, key, value, score_mod=_alibi, captured=(slopes,))
 
     # Smaller blocks, since code for every pair takes long to compile.
-    small = functools.partial(_attend, choose(*shape, block_q=512, block_kv=512, kind=kind), _is_causal, _causal)
+    small = functools.partial(_attend, choose(*shape, block_q=512, block_kv=512, kind=kind), _is_causal, CAUSAL)
     return {
         "causal": Case(_gradient(causal), arrays, least),
         "window-segments": Case(_gradient(window), (*arrays, ids), least),
@@ -67,7 +67,7 @@ def _gpu() -> dict[str, Case]:
     for width in (64, 128):
         arrays = (jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), jnp.bfloat16),) * 4
         cut = choose_blocks(LENGTH, LENGTH, width, width, jnp.bfloat16)
-        attention = functools.partial(_attend, cut, _is_causal, _causal)
+        attention = functools.partial(_attend, cut, _is_causal, CAUSAL)
         found[f"causal-{width}"] = Case(_gradient(attention), arrays, 12 * arrays[0].size * arrays[0].dtype.itemsize)
         if width == 64:
             found["dropout"] = Case(_gradient(_dropout(attention)), (*arrays, jax.ShapeDtypeStruct((), jnp.uint32)))
@@ -78,7 +78,7 @@ def _gpu() -> dict[str, Case]:
     def everything(query: Any, key: Any, value: Any, slopes: Any, sinks: Any, bias: Any, ids: Any) -> Any:
         options: Any = {"score_mod": _alibi, "captured": (slopes,), "sinks": sinks, "kv_bias": bias, "soft_cap": 20.0}
         options |= {"q_segment_ids": ids, "kv_segment_ids": ids}
-        return _attend(cut, _is_causal, _causal, query, key, value, **options)
+        return _attend(cut, _is_causal, CAUSAL, query, key, value, **options)
 
     query, key, value, out = (
         jax.ShapeDtypeStruct((batch, length, *sizes), jnp.bfloat16)
@@ -108,7 +108,7 @@ def _gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
-def _attend(cut: Tiling | Blocks, classify: Any, element: Any, query: Any, key: Any, value: Any, **options: Any) -> Any:
+def _attend(cut: Tiling | Blocks, classify: Any, mask: Rule, query: Any, key: Any, value: Any, **options: Any) -> Any:
     """Attention over the blocks that `classify` lists by the least and the greatest distance of their pairs."""
     q, kv = (np.arange(0, x.shape[1], block) for x, block in ((query, cut.block_q), (key, cut.block_kv)))
     some, every = classify(q[:, None] - kv - cut.block_kv + 1, q[:, None] + cut.block_q - 1 - kv)
@@ -128,7 +128,8 @@ def _attend(cut: Tiling | Blocks, classify: Any, element: Any, query: Any, key: 
         value,
         by_row,
         by_col,
-        element=element,
+        element=mask.element,
+        interval=mask.interval,
         scale=query.shape[3] ** -0.5,
         block_q=cut.block_q,
         block_kv=cut.block_kv,
@@ -155,6 +156,17 @@ def _causal(q_pos: Any, kv_pos: Any, head: Any) -> Any:
 
 def _window(q_pos: Any, kv_pos: Any, head: Any) -> Any:
     return (kv_pos <= q_pos) & (kv_pos >= q_pos - WINDOW)
+
+
+class Rule(NamedTuple):
+    """A mask for elements and as intervals."""
+
+    element: Callable[..., Any]
+    interval: Callable[..., Any]
+
+
+CAUSAL = Rule(_causal, lambda q_pos: (np.zeros_like(q_pos), q_pos + 1))
+WINDOWS = Rule(_window, lambda q_pos: (q_pos - WINDOW, q_pos + 1))
 
 
 def _alibi(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any, slopes: Any) -> Any:

@@ -5,10 +5,10 @@ A grid step is one listed pair of a query and a key block. With the logits u of 
     m' = max(m, rowmax u)    p = 2^(u - m')    l' = 2^(m - m') l + rowsum p    acc' = 2^(m - m') acc + p v
     o = acc / l              lse = m ln 2 + log l                              l = 0: o = 0, lse = -inf
 
-from m = -inf, l = 0, or with a sink m = sink log2(e), l = 1. A step is cut into tiles, and the scores of later tiles
-are begun before the softmax of this one, or the matrix units would stand still in its exponentials. Maxima are kept as
-128 columns that are all alike: a single column would be spread over the lanes for every tile. Row sums are kept lane
-by lane, or where that is free are a product with a column of ones beside the values.
+from l = 0 and the least finite m, for -inf less it is -inf; with a sink from m = sink log2(e), l = 1. A step is cut in
+tiles, and the scores of later tiles are begun before the softmax of this one, or the matrix units would stand still in
+its exponentials. Maxima are kept as 128 columns that are all alike: a single column would be spread over the lanes for
+every tile. Row sums are kept lane by lane, or where that is free are a product with a column of ones beside the values.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse import scores, walk
-from pallas_kernels.block_sparse.lists import EDGE, FULL, PARTIAL, col_of, kind_of, row_of
+from pallas_kernels.block_sparse.intervals import Test
+from pallas_kernels.block_sparse.lists import col_of, kind_of, row_of
 from pallas_kernels.block_sparse.marks import NOTHING
 from pallas_kernels.block_sparse.tiling import LANES
 from pallas_kernels.block_sparse.walk import Problem, Refs, Step
+
+LEAST = float(jnp.finfo(jnp.float32).min)
 
 
 def _kernel(p: Problem, table: Any, r: Refs) -> None:
@@ -35,13 +39,9 @@ def _kernel(p: Problem, table: Any, r: Refs) -> None:
     before, code, after = (walk.code_at(p, table, b, n, a + i, p.steps) for i in (-1, 0, 1))
     row, col, kind = row_of(code), col_of(code), kind_of(code)
 
-    @pl.when((a == 0) | (row_of(before) != row))
-    def _() -> None:
-        _begin_row(p, n, r)
-
     step = Step(b, n, row * t.block_q, col * t.block_kv, kind)
-    pl.when(kind == FULL)(functools.partial(_visit, p, step, r, masked=False))
-    pl.when((kind == PARTIAL) | (kind == EDGE))(functools.partial(_visit, p, step, r, masked=True))
+    pl.when((a == 0) | (row_of(before) != row))(functools.partial(_begin_row, p, step, r))
+    scores.visit(p, step, r, t.forward.kv, functools.partial(_visit, p))
 
     @pl.when((a == p.steps - 1) | (row_of(after) != row))
     def _() -> None:
@@ -51,42 +51,44 @@ def _kernel(p: Problem, table: Any, r: Refs) -> None:
         out = r.acc[:, : p.value_width] * (1 / l)
         r.out[...] = (out if p.marks is None else jnp.where(seen, out, 0)).astype(r.out.dtype)
         lse = jnp.where(seen, r.m[:, :1] * math.log(2) + jnp.log(l), -jnp.inf)
-        r.lse[...] = jnp.broadcast_to(lse, (t.block_q, LANES)).T[:1]
+        lse, lowered = jnp.broadcast_to(lse, (t.block_q, LANES)).T[:1], scores.lowered(p, r, step, p.tiling.forward.q)
+        r.lse[...] = lse if lowered is None else lse + lowered
 
 
-def _begin_row(p: Problem, n: Any, r: Refs) -> None:
+def _begin_row(p: Problem, step: Step, r: Refs) -> None:
     if r.sinks is None:
-        r.m[...] = jnp.full_like(r.m, -jnp.inf)
+        r.m[...] = jnp.full_like(r.m, LEAST)
         r.acc[...] = jnp.zeros_like(r.acc)
         if r.l is not None:
             r.l[...] = jnp.zeros_like(r.l)
     else:
-        r.m[...] = jnp.full_like(r.m, r.sinks[n] * scores.LOG2E)
+        sink = r.sinks[step.n]
+        m, lowered = jnp.full_like(r.m, sink * scores.LOG2E), scores.lowered(p, r, step, p.tiling.forward.q)
+        r.m[...] = jnp.maximum(m if lowered is None else m - walk.upright(lowered * scores.LOG2E), LEAST)
+        l = jnp.where(sink == -jnp.inf, 0.0, 1.0)
         if p.sum_lane is not None:
-            r.acc[...] = jnp.where(walk.iota(r.acc.shape, 1) >= p.sum_lane, 1.0, 0.0)
+            r.acc[...] = jnp.where(walk.iota(r.acc.shape, 1) >= p.sum_lane, l, 0.0)
         else:
             r.acc[...] = jnp.zeros_like(r.acc)
-            r.l[...] = jnp.where(walk.iota(r.l.shape, 1) == 0, 1.0, 0.0)
+            r.l[...] = jnp.where(walk.iota(r.l.shape, 1) == 0, l, 0.0)
     if r.prepared is not None:
         r.prepared[...] = scores.prepared(p, r.query[...])
     scores.begin_queries(p, r)
 
 
-def _visit(p: Problem, step: Step, r: Refs, *, masked: bool) -> None:
-    t = p.tiling
-    rows, columns = walk.parts(t.block_q, t.forward.q), walk.parts(t.block_kv, t.forward.kv)
+def _visit(p: Problem, step: Step, r: Refs, test: Test) -> None:
+    t, masked = p.tiling, test is not Test.NOTHING
+    rows, columns = walk.parts(t.block_q, t.forward.q), walk.parts(r.key.shape[0], t.forward.kv)
     units = [(i, j) for j in range(len(columns)) for i in range(len(rows))]
     m = [r.m[at] for at in rows]
-    queries = scores.queries(p, r, masked=masked)
+    queries = scores.queries(p, r, test)
 
     def begin(unit: tuple[int, int]) -> jax.Array:
         i, j = unit
         here = scores.place(step, rows[i], columns[j])
         x = scores.biased(p, r, scores.product(p, queries[rows[i]], r.key[columns[j]]), here, columns[j])
         x, _ = scores.binary(p, scores.modified(p, r, here, x, scores.reader(r)))
-        if not masked:
-            return x
-        allowed = scores.allowed(p, r, here, rows[i], columns[j])
+        allowed = scores.allowed(p, r, here, rows[i], columns[j], test)
         return x if allowed is None else jnp.where(allowed, x, -jnp.inf)
 
     for (i, j), x in walk.ahead(units, t.forward.lag, begin):
@@ -94,11 +96,8 @@ def _visit(p: Problem, step: Step, r: Refs, *, masked: bool) -> None:
         if masked and p.ragged_kv:
             v = scores.within(v, step.kv_start + columns[j].start, p.kv_len)
         largest = jnp.maximum(m[i], jnp.max(x, axis=1, keepdims=True))
-        # A bias or a score function may be -inf as well.
-        can_be_empty = masked or p.score_mod is not None or r.kv_bias is not None
-        finite = jnp.where(largest == -jnp.inf, 0, largest) if can_be_empty else largest
-        weights = jnp.exp2(x - walk.wide(finite, t.forward.kv))
-        kept = jnp.exp2(m[i] - finite)
+        weights = jnp.exp2(x - walk.wide(largest, t.forward.kv))
+        kept = jnp.exp2(m[i] - largest)
         if p.sum_lane is None:
             r.l[rows[i]] = kept * r.l[rows[i]] + sum(weights[:, at] for at in walk.parts(t.forward.kv, LANES))
         elif p.sum_lane == p.value_width:
@@ -121,11 +120,11 @@ def forward(p: Problem, table: jax.Array, operands: Mapping[str, jax.Array | Non
     """
     t, f32 = p.tiling, jnp.float32
     padded = p.rows * t.block_q
-    scratch: dict[str, Any] = {"m": ((t.block_q, LANES), f32)}
+    scratch: dict[str, Any] = {"m": pltpu.VMEM((t.block_q, LANES), f32)}
     if p.sum_lane is None:
-        scratch["l"] = ((t.block_q, LANES), f32)
+        scratch["l"] = pltpu.VMEM((t.block_q, LANES), f32)
     extra = LANES if p.sum_lane == p.value_width else 0
-    scratch["acc"] = ((t.block_q, p.value_width + extra), f32)
+    scratch["acc"] = pltpu.VMEM((t.block_q, p.value_width + extra), f32)
     scratch |= scores.query_scratch(p, operands)
     out, lse = walk.call(
         p,

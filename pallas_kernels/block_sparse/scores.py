@@ -4,8 +4,9 @@ With y = scale q k^T + bias and x = f(y), where f is the identity or a caller's 
 
     u = log2(e) c tanh(x / c)  with a soft cap c,  else  log2(e) x        u = -inf where the pair is not allowed
 
-and dy = f'(y) (1 - tanh(x / c)^2) dz for z = u ln 2. The constants are multiplied into the queries where that is free:
-in float32, and where `split` gives their two bfloat16 halves the empty half of a matrix unit.
+and dy = f'(y) (1 - tanh(x / c)^2) dz for z = u ln 2. Where all that f does is to add (`addends`), the u of each query
+fall short by a number. The constants are multiplied into the queries where that is free: in float32, and where
+`split` gives their two bfloat16 halves the empty half of a matrix unit.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse import dropout, marks, walk
-from pallas_kernels.block_sparse.lists import EDGE
+from pallas_kernels.block_sparse import addends, dropout, intervals, marks, walk
+from pallas_kernels.block_sparse.intervals import Test
+from pallas_kernels.block_sparse.lists import EDGE, FULL, PARTIAL
 from pallas_kernels.block_sparse.tiling import LANES
 from pallas_kernels.block_sparse.walk import Problem, Refs, Step, iota
 
@@ -75,7 +79,7 @@ def place(step: Step, rows: slice, columns: slice) -> Place:
 
 def _factor(p: Problem) -> float:
     """What y is multiplied by at once, where no score function wants it as it is."""
-    if p.score_mod is not None:
+    if p.bends:
         return 1.0
     return LOG2E if p.soft_cap is None else 1 / p.soft_cap
 
@@ -98,10 +102,10 @@ def prepared(p: Problem, q: jax.Array) -> jax.Array:
     return jnp.concatenate([high, (scaled - high.astype(jnp.float32)).astype(q.dtype)], axis=1)
 
 
-def queries(p: Problem, refs: Refs, *, masked: bool) -> Any:
+def queries(p: Problem, refs: Refs, test: Test) -> Any:
     """Where the queries are that `product` takes in this block; in a masked one with the penalties of its keys."""
     found = refs.query if refs.prepared is None else refs.prepared
-    if not masked or p.marks is None:
+    if test is Test.NOTHING or p.marks is None:
         return found
     marks.mark(p.marks, found, refs)
     return refs.marked
@@ -112,18 +116,41 @@ def product(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def biased(p: Problem, refs: Refs, x: jax.Array, at: Place, columns: slice) -> jax.Array:
-    """y times its factor, from what `product` gives: scaled, if that has not been done, and with the bias of keys."""
+    """y times its factor, from what `product` gives: scaled, if that is to be done, and with what rows are added."""
     x = x if is_prepared(p) else x * (p.scale * _factor(p))
-    if refs.kv_bias is None:
-        return x
-    bias = refs.kv_bias[:, columns] * _factor(p)
-    return x + (jnp.where(at.kv_pos < p.kv_len, bias, 0) if p.ragged_kv else bias)
+    rows = []
+    if refs.kv_bias is not None:
+        bias = refs.kv_bias[:, columns]
+        rows.append(jnp.where(at.kv_pos < p.kv_len, bias, 0) if p.ragged_kv else bias)
+    if p.adds:
+        rows.append(addends.row(addend(p, at.step, lambda: reader(refs)), at.q_pos, at.kv_pos))
+    return x + sum(rows) * _factor(p) if rows else x
+
+
+def addend(p: Problem, step: Step, begin: Callable[[], Callable[[int, Any], Any]]) -> addends.Addend:
+    """g, of a score function that adds; `begin` gives what reads captured arrays once."""
+
+    def g(q_pos: jax.Array, kv_pos: jax.Array) -> jax.Array:
+        zero = jnp.zeros(jnp.broadcast_shapes(q_pos.shape, kv_pos.shape), jnp.float32)
+        return _scored(p, Place(step, q_pos, kv_pos), zero, begin())
+
+    return g
+
+
+def lowered(p: Problem, refs: Refs, step: Step, tile: int) -> jax.Array | None:
+    """What the logits z of a block fall short by, `[1, block_q]`; `None`: nothing. `tile`: queries of a tile."""
+    if not p.adds:
+        return None
+    return addends.column(addend(p, step, lambda: reader(refs)), step.q_start, p.tiling.block_q, tile)
 
 
 def modified(p: Problem, refs: Refs, at: Place, x: jax.Array, read: Callable[[int, Any], Any]) -> jax.Array:
-    """f(y)."""
-    if p.score_mod is None:
-        return x
+    """f(y), or y if its addend is there already."""
+    return _scored(p, at, x, read) if p.bends else x
+
+
+def _scored(p: Problem, at: Place, x: jax.Array, read: Callable[[int, Any], Any]) -> jax.Array:
+    assert p.score_mod is not None
     return p.score_mod(x, at.step.b, at.step.n, at.q_pos, at.kv_pos, *tables(p.captured, read))
 
 
@@ -140,17 +167,23 @@ def reader(refs: Refs) -> Callable[[int, Any], Any]:
 
 def binary(p: Problem, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """u, and with a soft cap tanh(x / c), from x times its factor."""
-    has_score = p.score_mod is not None
     if p.soft_cap is None:
-        return (x * LOG2E if has_score else x), None
-    t = jnp.tanh(x * (1 / p.soft_cap) if has_score else x)
+        return (x * LOG2E if p.bends else x), None
+    t = jnp.tanh(x * (1 / p.soft_cap) if p.bends else x)
     return t * (p.soft_cap * LOG2E), t
 
 
-def allowed(p: Problem, refs: Refs, at: Place, rows: slice, columns: slice) -> jax.Array | None:
-    """Which pairs of a tile in a block that is not full, or at the edge, are allowed; `None`: all."""
+def allowed(p: Problem, refs: Refs, at: Place, rows: slice, columns: slice, test: Test) -> jax.Array | None:
+    """Which pairs of a tile are allowed; `None`: all."""
+    if test is Test.NOTHING:
+        return None
     rules, width = [], columns.stop - columns.start
-    if p.element is not None:
+    if test is not Test.RULES:
+        found = intervals.allowed(p, refs, at.step, rows, columns, at.kv_pos, test)
+        if test is not Test.SEGMENTS:
+            return found
+        rules.append(found)
+    elif p.element is not None:
         rules.append(p.element(at.q_pos, at.kv_pos, at.step.n))
     if refs.q_ids is not None:
         rules.append(walk.wide(refs.q_ids[rows], width) == refs.kv_segments[:, columns])
@@ -165,10 +198,24 @@ def allowed(p: Problem, refs: Refs, at: Place, rows: slice, columns: slice) -> j
     return functools.reduce(operator.and_, rules) if rules else None
 
 
+def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, Refs, Test], None]) -> None:
+    """Visits the block of a step with `each(step, refs, test)`, at once or in parts; `size`: keys of a tile."""
+    pl.when(step.kind == FULL)(functools.partial(each, step, refs, Test.NOTHING))
+
+    @pl.when((step.kind == PARTIAL) | (step.kind == EDGE))
+    def _() -> None:
+        if p.sides:
+            intervals.visit(p, step, refs, size, each)
+        else:
+            each(step, refs, Test.RULES)
+
+
 def begin_queries(p: Problem, refs: Refs) -> None:
     """What masks ask of queries, as columns that are all alike."""
     if refs.q_ids is not None:
         refs.q_ids[...] = walk.upright(refs.q_segments[...])
+    if p.sides:
+        return intervals.begin_queries(refs)
     if p.marks is not None:
         return marks.begin_queries(p.marks, refs.low[...], refs.high[...], refs, walk.upright)
     for axis in range(p.axes):
@@ -178,16 +225,16 @@ def begin_queries(p: Problem, refs: Refs) -> None:
 
 def query_scratch(p: Problem, operands: Mapping[str, Any]) -> dict[str, Any]:
     """Where `begin_queries` puts it, and queries as `product` takes them."""
-    scratch: dict[str, Any] = {}
+    scratch, columns = intervals.scratch(p), (p.tiling.block_q, LANES)
     if is_prepared(p):
-        scratch["prepared"] = ((p.tiling.block_q, prepared_width(p)), p.dtype)
+        scratch["prepared"] = pltpu.VMEM((p.tiling.block_q, prepared_width(p)), p.dtype)
     if operands["q_segments"] is not None:
-        scratch["q_ids"] = ((p.tiling.block_q, LANES), jnp.int32)
+        scratch["q_ids"] = pltpu.VMEM(columns, jnp.int32)
     if p.marks is not None:
-        scratch |= dict.fromkeys(("low_marks", "high_marks"), ((p.tiling.block_q, LANES), jnp.int32))
-        scratch["marked"] = ((p.tiling.block_q, prepared_width(p)), p.dtype)
+        scratch |= dict.fromkeys(("low_marks", "high_marks"), pltpu.VMEM(columns, jnp.int32))
+        scratch["marked"] = pltpu.VMEM((p.tiling.block_q, prepared_width(p)), p.dtype)
     elif p.axes:
-        scratch |= dict.fromkeys(("low_columns", "high_columns"), ((p.axes, p.tiling.block_q, LANES), jnp.int32))
+        scratch |= dict.fromkeys(("low_columns", "high_columns"), pltpu.VMEM((p.axes, *columns), jnp.int32))
     return scratch
 
 

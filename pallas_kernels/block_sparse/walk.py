@@ -34,8 +34,10 @@ class Problem:
       width, value_width: of a head in whole tiles of lanes.
       sum_lane: the column of [values | ones] from which there are ones, whose products are row sums; `None`: none.
       steps: of a list; there are `list_rows` of them for batch rows, and for each of these `list_heads` for heads.
+      sides: on which intervals of keys bound what queries see in a partial block, 0 where other rules are asked.
       axes: of the coordinates that windows are of, 0 without; `groups` batch rows in turn have windows of their own.
       marks: where windows are penalties of queries; `None`: they are compared.
+      adds: the score function is the score and an addend, see `addends`.
       captured: shapes of the arrays that the score function reads; `reads`: how often it reads a floating-point one.
     """
 
@@ -51,6 +53,7 @@ class Problem:
     soft_cap: float | None
     element: Callable[..., Any] | None
     score_mod: Callable[..., Any] | None
+    adds: bool
     captured: tuple[tuple[int, ...], ...]
     dropout_rate: float
     reads: int
@@ -60,6 +63,7 @@ class Problem:
     col_steps: int
     list_rows: int
     list_heads: int
+    sides: int
     axes: int
     groups: int
     marks: Marks | None
@@ -80,6 +84,11 @@ class Problem:
     @property
     def columns(self) -> int:
         return -(-self.kv_len // self.tiling.block_kv)
+
+    @property
+    def bends(self) -> bool:
+        """Whether the score function does more than to add to a score."""
+        return self.score_mod is not None and not self.adds
 
     @property
     def ragged_q(self) -> bool:
@@ -189,9 +198,9 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
         "q_segments": block((None, 1, t.block_q), lambda b, n, row, col: (b, 0, row)),
         "kv_segments": block((None, 1, t.block_kv), lambda b, n, row, col: (b, 0, col)),
         **dict.fromkeys(("low", "high"), block((None, p.axes, t.block_q), lambda b, n, row, col: (group(b), 0, row))),
+        "ends": block((None, 2, t.block_q), lambda b, n, row, col: (group(b), 0, row)),
         "place": block((p.axes, t.block_kv), lambda b, n, row, col: (0, col)),
-        "sinks": scalars,
-        "seed": scalars,
+        **dict.fromkeys(("sinks", "seed", "in_order"), scalars),
         **{f"captured{i}": scalars for i in range(len(p.captured))},
     }
 
@@ -205,7 +214,7 @@ def call(
     operands: Mapping[str, jax.Array | None],
     results: Mapping[str, tuple[Sequence[int], Any]],
     blocks: Mapping[str, pl.BlockSpec],
-    scratch: Mapping[str, tuple[Sequence[int], Any]],
+    scratch: Mapping[str, Any],
     *,
     products: int,
 ) -> list[jax.Array]:
@@ -213,7 +222,7 @@ def call(
 
     Args:
       operands: those that are `None` are left out.
-      results, scratch: shapes and dtypes.
+      results: shapes and dtypes.
       products: multiplications of a pair of a query and a key.
     """
     given = {name: x for name, x in operands.items() if x is not None}
@@ -230,7 +239,7 @@ def call(
             grid=grid,
             in_specs=[blocks[name] for name in given],
             out_specs=[blocks[name] for name in results],
-            scratch_shapes=[pltpu.VMEM(tuple(shape), dtype) for shape, dtype in scratch.values()],
+            scratch_shapes=list(scratch.values()),
         ),
         out_shape=shapes,
         name=name,

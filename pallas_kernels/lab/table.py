@@ -12,9 +12,10 @@ from rich.text import Text
 
 _TPU_LEGEND = """\
 hot: bundles of the innermost region that holds the matmuls, and how much of their slots is used. step: the same for one
-grid step around it. busiest: the unit that bounds the step. µs: step x steps / clock, nothing waited for (> where turns
-of a loop are not known). xHBM: that against the least bytes at full bandwidth. moved: HBM bytes by the block specs (~:
-each operand and result once), and against the least. temporaries: HBM beside arguments and results."""
+grid step around it; "or": of one that takes another branch. busiest: the unit that bounds the step.
+µs: step x steps / clock, nothing waited for (> where turns of a loop are not known). xHBM: that of the longest step
+against the least bytes at full bandwidth. moved: HBM bytes by the block specs (~: each operand and result once), and
+against the least. temporaries: HBM beside arguments and results."""
 _H100_LEGEND = """\
 wgmma, mma.sync: instructions in the PTX. moved: each operand and result once, and against the least bytes; min µs: the
 least bytes at full bandwidth. temporaries: HBM beside arguments and results."""
@@ -75,17 +76,26 @@ def _tpu(target: str, rows: list[dict[str, Any]]) -> Table:
             table.add_row(
                 row["case"],
                 kernel["name"] + (f" x{kernel['calls']}" if kernel["calls"] > 1 else ""),
-                f"{kernel['hot_bundles']} {kernel['hot_matmul_percent']:3.0f}%",
-                f"{kernel['step_bundles']} {kernel['step_matmul_percent']:3.0f}%",
-                f"{kernel['busiest_unit']} {kernel['busiest_percent']:3.0f}%",
-                str(kernel["step_spill_stores"]),
-                "?" if kernel["steps"] is None else str(kernel["steps"]),
-                ("" if kernel["complete"] or not kernel["seconds"] else ">") + _micros(kernel["seconds"]),
+                *_step(kernel, kernel),
                 *(["", _moved(kernel), ""] if several else _sums(row)),
             )
+            others = {step["step_bundles"]: step for step in kernel["hot_regions"]}
+            for bundles in sorted(others.keys() - {kernel["step_bundles"]}, reverse=True):
+                table.add_row("", "or", *_step(kernel, others[bundles]))
         if several:
             table.add_row(row["case"], "together", *[""] * 5, _micros(row["seconds"]), *_sums(row))
     return table
+
+
+def _step(kernel: dict[str, Any], step: dict[str, Any]) -> list[str]:
+    return [
+        f"{step['hot_bundles']} {step['hot_matmul_percent']:3.0f}%",
+        f"{step['step_bundles']} {step['step_matmul_percent']:3.0f}%",
+        f"{step['busiest_unit']} {step['busiest_percent']:3.0f}%",
+        str(step["step_spill_stores"]),
+        "?" if kernel["steps"] is None else str(kernel["steps"]),
+        ("" if kernel["complete"] or not step["seconds"] else ">") + _micros(step["seconds"]),
+    ]
 
 
 def _sums(row: dict[str, Any]) -> list[str]:

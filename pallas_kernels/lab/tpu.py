@@ -3,7 +3,8 @@
 The hot regions are the smallest that hold the MATMULs (a kernel with a masked and an unmasked tile has two). A step is
 one turn of the grid's loop that runs one hot region, or all of a kernel without a grid. Loops count by their trips;
 what a branch may skip is left out if it holds no MATMUL or is another hot region. (In a kernel without MATMULs all of
-it runs.) The longest step makes the time of a kernel,
+it runs.) The longest step makes the time of a kernel, and
+every other stands beside it,
 
     seconds = step bundles · steps / clock
 
@@ -112,32 +113,41 @@ def _kernel(folder: Path, files: list[str], name: str, chip: Chip) -> dict[str, 
 
 
 def figures(read: Schedule, chip: Chip) -> dict[str, Any]:
-    """What a schedule says: the longest step, its hot region, the number of steps and the time they take."""
-    steps = []
+    """What a schedule says: the longest step, its hot region, the number of steps and the time they take.
+
+    Of every step that runs another hot region the same stands in `hot_regions`, in the order of the code.
+    """
+    found = []
     for path in _hot(read):
         turn = next((region for region in path if region.of_grid), read.root)
         runs = _runs(read, path)
-        steps.append((read.cost(turn, runs), read.cost(path[-1], runs), turn))
-    step, hot, turn = max(steps, key=lambda one: one[0][0])
+        found.append((_step(read, chip, read.cost(turn, runs), read.cost(path[-1], runs), turn), turn))
+    longest, turn = max(found, key=lambda one: one[0]["step_bundles"])
+    return {
+        "steps": turn.trips if turn.counted else None,
+        **longest,
+        "step_all_bundles": int(read.cost(turn)[0]),
+        "hot_regions": [step for step, _ in found],
+        "bundles": len(read.used),
+        "complete": not read.notes,
+        "notes": list(read.notes),
+    }
+
+
+def _step(read: Schedule, chip: Chip, step: np.ndarray, hot: np.ndarray, turn: Region) -> dict[str, Any]:
     bounds = {unit: step[1 + UNITS.index(unit)] / read.capacity[unit] for unit in UNITS if ":" not in unit}
     busiest = max(bounds, key=lambda unit: bounds[unit])
     return {
-        "steps": turn.trips if turn.counted else None,
         "step_bundles": int(step[0]),
         "step_matmul_slots": int(step[_MATMUL]),
         "step_matmul_percent": 100 * bounds["MATMUL"] / step[0],
         "step_spill_stores": int(step[1 + UNITS.index("VSTORE:SPILL")]),
         "step_spill_loads": int(step[1 + UNITS.index("VLOAD:FILL")]),
-        "step_all_bundles": int(read.cost(turn)[0]),
         "busiest_unit": busiest,
         "busiest_percent": 100 * bounds[busiest] / step[0],
         "hot_bundles": int(hot[0]),
         "hot_matmul_percent": 100 * hot[_MATMUL] / read.capacity["MATMUL"] / hot[0],
-        "hot_regions": [{"hot_bundles": int(hot[0]), "step_bundles": int(step[0])} for step, hot, _ in steps],
-        "bundles": len(read.used),
         "seconds": float(step[0]) * turn.trips / chip.clock_hz if turn.counted else None,
-        "complete": not read.notes,
-        "notes": list(read.notes),
     }
 
 

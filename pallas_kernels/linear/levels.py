@@ -2,8 +2,8 @@
 
     A[r, j] = sum_h q[r, h] k[j, h] exp(b[r, h] - b[j, h])
 
-is made by halves of halves of a chunk, as in `channel_tpu`: where r lies in the second half of a block of 2 s rows and
-j in its first, with m the row where the second begins,
+is made by halves of halves of a chunk, as in `channel_decays`: where r lies in the second half of a block of 2 s rows
+and j in its first, with m the row where the second begins,
 
     A[r, j] = (q * d)[r] . (k * d)[j]                    d = exp(-|b - b_m|)
 

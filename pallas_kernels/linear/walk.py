@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ class Problem:
 
     There is a state for each of `heads` value heads. `group` query heads read one state, or `shared` states have one
     query and one key head; `constant` gates are tables. `eps` says that outputs are divided by q (z + eps[1]) + eps[0].
+    States are [H, V], or if `turned` [V, H].
     """
 
     batch: int
@@ -46,6 +47,11 @@ class Problem:
     interpret: bool
     shared: int = 1
     eps: tuple[float, float] | None = None
+    turned: bool = False
+
+    @property
+    def state(self) -> tuple[int, int]:
+        return (self.value_width, self.width) if self.turned else (self.width, self.value_width)
 
     @property
     def steps(self) -> int:
@@ -131,38 +137,49 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def part(p: Problem, ref: Any, c: int, h: int, width: int, *, step: Any = None) -> jax.Array:
+def rows(p: Problem, c: Any) -> Any:
+    """Those of chunk `c`, which may be traced."""
+    size = p.tiling.chunk
+    return slice(c * size, (c + 1) * size) if isinstance(c, int) else pl.ds(pl.multiple_of(c * size, size), size)
+
+
+def part(p: Problem, ref: Any, c: Any, h: int, width: int, *, step: Any = None) -> jax.Array:
     """Chunk `c` of head `h`; rows after the last token are 0 where `step` says which grid step this is."""
     size = p.tiling.chunk
-    x = ref[0, c * size : (c + 1) * size, h * width : (h + 1) * width]
+    x = ref[0, rows(p, c), h * width : (h + 1) * width]
     if step is None or p.length % p.tiling.tokens == 0:
         return x
     row = step * p.tiling.tokens + c * size + iota(x.shape, 0)
     return jnp.where(row < p.length, x, 0)
 
 
-def put(p: Problem, ref: Any, c: int, h: int, x: jax.Array) -> None:
+def put(p: Problem, ref: Any, c: Any, h: int, x: jax.Array) -> None:
     """Writes chunk `c` of head `h`, in the dtype of the array."""
-    size, width = p.tiling.chunk, x.shape[1]
-    ref[0, c * size : (c + 1) * size, h * width : (h + 1) * width] = x.astype(ref.dtype)
+    width = x.shape[1]
+    ref[0, rows(p, c), h * width : (h + 1) * width] = x.astype(ref.dtype)
 
 
 @contextlib.contextmanager
-def carried(p: Problem, ref: Any, begin: Any, end: Any) -> Iterator[list[jax.Array]]:
+def carried(p: Problem, ref: Any, begin: Any, end: Any) -> Iterator[Any]:
     """What the heads carry from one grid step to the next: `begin` before the first, and after the last also `end`."""
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         ref[...] = begin[0]
 
-    state = [ref[h] for h in range(p.tiling.heads)]
-    yield state
-    for h in range(p.tiling.heads):
-        ref[h] = state[h]
+    yield ref
 
     @pl.when(pl.program_id(2) == p.steps - 1)
     def _() -> None:
         end[0] = ref[...]
+
+
+def keep(kept: Any, state: Any, c: Any, every: int) -> None:
+    """Writes the state before chunk `c`, if that is one of `every` so many."""
+
+    @pl.when(c % every == 0)
+    def _() -> None:
+        kept[0, c // every] = state[...]
 
 
 class SharedSums:
@@ -171,7 +188,7 @@ class SharedSums:
     def __init__(self, p: Problem) -> None:
         self._p, self._sums = p, dict[tuple[int, int], Any]()
 
-    def add(self, ref: Any, x: jax.Array, c: int, n: int, *, last: bool) -> None:
+    def add(self, ref: Any, x: jax.Array, c: Any, n: int, *, last: bool) -> None:
         x = x + self._sums.pop((id(ref), n), 0)
         if last:
             put(self._p, ref, c, n, x)
@@ -208,6 +225,37 @@ def lockstep(streams: Iterable[Iterator[None]]) -> None:
         running = [stream for stream in running if next(stream, running) is None]
 
 
+def delayed(stream: Iterator[None], turns: int) -> Iterator[None]:
+    """Begins so many turns later."""
+    for _ in range(turns):
+        yield
+    yield from stream
+
+
+def results(streams: Iterable[Generator[None, None, Any]]) -> list[Any]:
+    """What generators return that run side by side."""
+    found: dict[int, Any] = {}
+
+    def kept(place: int, stream: Generator[None, None, Any]) -> Iterator[None]:
+        found[place] = yield from stream
+
+    lockstep(kept(place, stream) for place, stream in enumerate(streams))
+    return [found[place] for place in sorted(found)]
+
+
+def chunks(p: Problem, work: Callable[[Sequence[Any]], None], *, together: bool, backward: bool = False) -> None:
+    """Does `work` with the numbers of a step's chunks in their order: all `together`, or one by one in a loop.
+
+    A loop is less code, and chunks in it do not hide what the others wait for.
+    """
+    count = p.tiling.chunks
+    if together or count == 1:
+        order = range(count)
+        work(order[::-1] if backward else order)
+    else:
+        jax.lax.fori_loop(0, count, lambda i, _: work([count - 1 - i if backward else i]), None)
+
+
 def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.BlockSpec]:
     """Blocks of every kind of array, at the grid step's place in time; `starts` states are kept in a step."""
     t = p.tiling
@@ -222,7 +270,7 @@ def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.Bl
     def per_head(count: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, count * t.heads, t.tokens), lambda b, h, i: (b, h, 0, when(i)))
 
-    state = (t.heads, p.width, p.value_width)
+    state = (t.heads, *p.state)
     return {
         "query": tokens(p.key_heads * p.group * p.width),
         "key": tokens(p.key_heads * p.width),
@@ -234,6 +282,7 @@ def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.Bl
         "gates": per_head(gates.parts(p.dtype)),
         "sums": per_head(1),
         "two sums": per_head(2),
+        "by chunk": pl.BlockSpec((1, 1, t.chunks, t.heads, t.chunk), lambda b, h, i: (b, h, when(i), 0, 0)),
         "by query": per_head(p.group),
         "state": pl.BlockSpec((1, *state), lambda b, h, i: (b, h, 0, 0)),
         "starts": pl.BlockSpec((1, starts, *state), lambda b, h, i: (b, when(i), h, 0, 0)),
@@ -261,7 +310,7 @@ def forward(
     """
     every, times, query = p.tiling.chunks if keep else 0, p.tiling.times, operands[0][1]
     p = dataclasses.replace(p, tiling=p.tiling.forward)
-    t, state = p.tiling, (p.width, p.value_width)
+    t, state = p.tiling, p.state
     groups = p.heads // t.heads
 
     def result(block: str, *sizes: int) -> tuple[str, jax.ShapeDtypeStruct]:
@@ -296,7 +345,7 @@ def backward(
 
     The kernel's last references are the states of the step, `scratch`, and the gradient that is carried.
     """
-    query, state = operands[0][1], (p.tiling.heads, p.width, p.value_width)
+    query, state = operands[0][1], (p.tiling.heads, *p.state)
     results = [
         *((block, shape(x.shape, x.dtype, query)) for block, x in operands[:3]),
         ("state", shape((p.batch, p.heads, *state[1:]), jnp.float32, query)),

@@ -1,1 +1,1 @@
-"""Neighborhood attention: the block-sparse kernels over tiles of a grid, with windows of coordinates."""
+"""Neighborhood attention: small windows in one pass; others by the block-sparse kernels over tiles of a grid."""

@@ -1,6 +1,7 @@
 """Calls whose schedules `python -m pallas_kernels.lab report --family neighborhood` reads: forward, then backward.
 
 The tables are those that `jattn.neighborhood` makes, for the plain windows here: w keys, moved inward at borders.
+What is in one pass is that on TPU alone, and takes its arrays with heads side by side, as the kernels read them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import numpy as np
 from pallas_kernels.block_sparse import BlockLists, Windows, WorkList, block_sparse_attention, choose, choose_blocks
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
+from pallas_kernels.neighborhood.attention import one_pass_attention
+from pallas_kernels.neighborhood.tables import Bounds
 
 
 def cases(target: str) -> dict[str, Case]:
     """An image of 64 x 64 with windows of 13 x 13, and a video of 30 x 48 x 80 with windows of 18 x 24 x 24.
 
-    On TPU also the image's lists alone: every query sees all of the keys that its tile visits, which costs no mask.
+    On TPU also the image's lists alone: every query sees all of the keys that its tile visits, which costs no mask; and
+    in one pass, with a bias, the windows of 7 x 7 in the first and the third stage of NAT-Mini, and those over tiles.
 
     The least that is moved: q, k, v -> o forward, q, k, v, o, do -> dq, dk, dv backward.
     """
@@ -31,7 +35,16 @@ def cases(target: str) -> dict[str, Case]:
         "image": _case(target, *image, (8, 16) if on_gpu else (16, 32), heads=8, width=64),
         "video": _case(target, *video, (2, 8, 8) if on_gpu else (4, 8, 16), heads=2, width=128),
     }
-    return found if on_gpu else found | {"image-full": _case(target, *image, (16, 32), heads=8, width=64, masked=False)}
+    if on_gpu:
+        return found
+    stages: Any = {"nat-1": (56, 2), "nat-3": (14, 8)}
+    found |= {name: _one_pass(*stage, window=7, batch=8) for name, stage in stages.items()}
+    tiles: Any = {"batch": 8, "width": 32}
+    return found | {
+        "nat-1-tiles": _case(target, (56, 56), (7, 7), (8, 64), heads=2, **tiles),
+        "nat-3-tiles": _case(target, (14, 14), (7, 7), (16, 16), heads=8, **tiles),
+        "image-full": _case(target, *image, (16, 32), heads=8, width=64, masked=False),
+    }
 
 
 def _case(
@@ -42,6 +55,7 @@ def _case(
     *,
     heads: int,
     width: int,
+    batch: int = 1,
     masked: bool = True,
 ) -> Case:
     tiles, size = tuple(-(-x // t) for x, t in zip(grid, tile, strict=True)), math.prod(tile)
@@ -61,8 +75,26 @@ def _case(
     def attention(query: Any, key: Any, value: Any) -> Any:
         return block_sparse_attention(query, key, value, *lists, **options)[0]
 
-    arrays = (jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16),) * 4
+    arrays = (jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16),) * 4
     return Case(_gradient(attention), arrays, 12 * arrays[0].size * arrays[0].dtype.itemsize)
+
+
+def _one_pass(extent: int, heads: int, *, window: int, batch: int, width: int = 32) -> Case:
+    low = np.clip(np.arange(extent) - window // 2, 0, extent - window)
+    bounds = Bounds((tuple(low.tolist()),), (tuple((low + window).tolist()),))
+
+    def attention(query: Any, key: Any, value: Any, bias: Any) -> Any:
+        q, k, v = (x.reshape(*x.shape[:3], heads, width) for x in (query, key, value))
+        options: Any = {"axes": (bounds, bounds), "scale": width**-0.5, "platform": "tpu"}
+        return one_pass_attention(q, k, v, bias, **options)[0].reshape(query.shape)
+
+    def both(query: Any, key: Any, value: Any, bias: Any, d_out: Any) -> Any:
+        out, transpose = jax.vjp(attention, query, key, value, bias)
+        return out, transpose(d_out)
+
+    tokens = jax.ShapeDtypeStruct((batch, extent, extent, heads * width), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((heads, 2 * window - 1, 2 * window - 1), jnp.float32)
+    return Case(both, (tokens, tokens, tokens, bias, tokens), 12 * tokens.size * tokens.dtype.itemsize)
 
 
 def _tables(

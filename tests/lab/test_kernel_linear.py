@@ -15,6 +15,17 @@ def test_the_family_compiles(target, lab):
     assert "scalar-backward" in out
 
 
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_moderate_decays_of_channels_take_at_most_twice_the_time_of_scalar_ones(way, tmp_path, lab):
+    found = tmp_path / "figures.json"
+    shown = lab("report", "--family", "linear", "--targets", "v5e", "--only", f"[sc][ch]a*[rl]-{way}", "--json", found)
+    scalar, channel = (row["kernels"][0] for row in json.loads(found.read_text())["rows"])
+    # A step goes one way or the other, and the table has both.
+    moderate, any_decay = sorted({step["seconds"] for step in channel["hot_regions"]})
+    assert moderate < 2 * scalar["seconds"] < any_decay == channel["seconds"]
+    assert re.search(r"^ +or +\d+ ", shown, re.M)
+
+
 def test_kernels_for_h100_use_its_matrix_units_and_spill_nothing(tmp_path, lab):
     found = tmp_path / "figures.json"
     lab("report", "--family", "linear", "--targets", "h100", "--json", found)

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_family_compiles(target, lab):
     out = lab("compile", "--family", "neighborhood", "--targets", target)
-    for case in ("image", "video"):
+    for case in ("image", "video", "nat-1", "nat-3"):
         assert case in out
 
 
@@ -22,6 +22,18 @@ def test_windows_are_free_on_v6e(tmp_path, lab):
     assert set(cases) == {"image", "image-full"}
     for windows, full in zip(cases["image"], cases["image-full"], strict=True):
         assert windows["hot_bundles"] <= 1.05 * full["hot_bundles"]
+
+
+def test_one_pass_takes_less_time_than_tiles_on_v6e(tmp_path, lab):
+    """Forward and backward of the windows of NAT-Mini, which take a sixth of the time; little is moved twice."""
+    found = tmp_path / "figures.json"
+    lab("report", "--family", "neighborhood", "--targets", "v6e", "--only", "nat-*", "--json", found)
+    rows = {row["case"]: row for row in json.loads(found.read_text())["rows"]}
+    for name in ("nat-1", "nat-3"):
+        row = rows[name]
+        assert len(row["kernels"]) == 2
+        assert row["seconds"] < rows[f"{name}-tiles"]["seconds"] / 4
+        assert row["moved_over_minimum"] < 1.3
 
 
 def test_kernels_for_h100_use_its_matrix_units_and_spill_nothing(tmp_path, lab):

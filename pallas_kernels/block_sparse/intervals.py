@@ -1,0 +1,187 @@
+"""Masks under which a query sees neighbors alone: the keys low(t) <= s < high(t).
+
+Causal masks and sliding windows are of this form, and segments are where those of keys lie one after another: then the
+keys of a query's segment are neighbors, and what it sees is where both intervals meet. Whether they do is known on the
+device only. Ids count as in order if they do not decrease once the first one is taken for the smallest, modulo 2^32:
+so padding may have any id that is not used before it.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int, UInt32
+
+from pallas_kernels.block_sparse import walk
+from pallas_kernels.block_sparse.lists import EDGE
+from pallas_kernels.block_sparse.tiling import LANES
+from pallas_kernels.block_sparse.walk import Problem, Refs, Step
+
+Rule = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None]
+"""Of positions of queries, the first key that each sees and the one after the last; `None`: it sees others."""
+
+
+class Intervals(NamedTuple):
+    """Of every query.
+
+    Attributes:
+      ends: low and high, within the keys that there are.
+      in_order: whether segments of a batch row are; `None` without segments. Where they are not, intervals are of the
+        rule alone.
+    """
+
+    ends: Int[Array, "G 2 T"]
+    in_order: Int[Array, " B"] | None
+
+
+def find(
+    rule: Rule | None,
+    q_segments: Int[Array, "B T"] | None,
+    kv_segments: Int[Array, "B S"] | None,
+    *,
+    q_len: int,
+    kv_len: int,
+    block_kv: int,
+) -> tuple[Intervals, int] | None:
+    """The intervals of a rule and of segments, and on how many sides they end in blocks; `None`: the rule has none."""
+    given = rule(np.arange(q_len)) if rule is not None else (np.zeros(q_len, int), np.full(q_len, kv_len))
+    if given is None:
+        return None
+    begin, end = (np.clip(x, 0, kv_len) for x in given)
+    sides = 2 if begin.any() and (end < -(-kv_len // block_kv) * block_kv).any() else 1
+    low, high = (jnp.asarray(x, jnp.int32)[None] for x in (begin, end))
+    in_order = None
+    if q_segments is not None and kv_segments is not None:
+        first, beyond, known = _segments(q_segments, kv_segments)
+        low = jnp.where(known[:, None], jnp.maximum(low, first), low)
+        high = jnp.where(known[:, None], jnp.minimum(high, beyond), high)
+        in_order, sides = known.astype(jnp.int32), 2
+    return Intervals(jnp.stack([low, high], axis=1), in_order), sides
+
+
+def whole(x: Intervals, q_len: int) -> Intervals:
+    """With queries beyond the last that see what it sees."""
+    return x._replace(ends=jnp.pad(x.ends, [(0, 0), (0, 0), (0, q_len - x.ends.shape[2])], mode="edge"))
+
+
+def _segments(q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> tuple[Array, Array, Array]:
+    """The first key of each query's segment, the one after its last, and of each batch row if keys are in order."""
+    keys, queries = (_unsigned(x - kv_ids[:, :1]) for x in (kv_ids, q_ids))
+    in_order = jnp.all(keys[:, 1:] >= keys[:, :-1], axis=1)
+    return _count(keys, queries, jnp.less), _count(keys, queries, jnp.less_equal), in_order
+
+
+def _count(keys: UInt32[Array, "B S"], x: UInt32[Array, "B T"], is_before: Callable[..., Array]) -> Int[Array, "B T"]:
+    """How many of the rising keys are before each x: whole tiles of lanes, then lanes. (Sorts compile for seconds.)"""
+    batch, kv_len = keys.shape
+    padded = jnp.pad(keys, [(0, 0), (0, -kv_len % LANES)], constant_values=np.uint32(2**32 - 1))
+    tiles = padded.reshape(batch, -1, LANES)
+    tile = jnp.sum(is_before(tiles[:, None, :, -1], x[:, :, None]), axis=2, dtype=jnp.int32)
+    lanes = jnp.take_along_axis(tiles, jnp.minimum(tile, tiles.shape[1] - 1)[:, :, None], axis=1)
+    inside = jnp.sum(is_before(lanes, x[:, :, None]), axis=2, dtype=jnp.int32)
+    return jnp.minimum(tile * LANES + inside, kv_len)
+
+
+def _unsigned(x: Int[Array, "B n"]) -> UInt32[Array, "B n"]:
+    return jax.lax.bitcast_convert_type(x.astype(jnp.int32), jnp.uint32)
+
+
+class Test(enum.Enum):
+    """What is asked of pairs: nothing; intervals, of which one side is open, or both sides; segments too; all rules."""
+
+    NOTHING = enum.auto()
+    SIDE = enum.auto()
+    INTERVAL = enum.auto()
+    SEGMENTS = enum.auto()
+    RULES = enum.auto()
+
+
+_HIGH, _LOW, _SPAN = range(3)
+_AXES = {"key": 0, "value": 0, "kv_bias": 1, "kv_segments": 1, "key_sums": 2, "value_sums": 2}
+"""Along which axis the keys of a block lie."""
+
+
+def scratch(p: Problem) -> dict[str, Any]:
+    if not p.sides:
+        return {}
+    return {
+        "bounds": pltpu.VMEM((3, p.tiling.block_q, LANES), jnp.int32),
+        "reach": pltpu.SMEM((4,), jnp.int32),
+    }
+
+
+def begin_queries(refs: Refs) -> None:
+    """The intervals of a block as columns, and how far they reach."""
+    low, high = refs.ends[:1], refs.ends[1:]
+    for i, x in ((_HIGH, high), (_LOW, -low), (_SPAN, jnp.maximum(high - low, 0))):
+        refs.bounds[i] = walk.upright(x)
+    for i, x in enumerate((jnp.min(low), jnp.max(low), jnp.min(high), jnp.max(high))):
+        refs.reach[i] = x
+
+
+def allowed(
+    p: Problem, refs: Refs, step: Step, rows: slice, columns: slice, kv_pos: jax.Array, test: Test
+) -> jax.Array:
+    """Which pairs of a tile are in intervals, by what `test` leaves open."""
+    width = columns.stop - columns.start
+    if test is Test.SIDE:
+        # s < high, or low <= s as ~s < -low: which of them is open here decides between rows alone.
+        low = step.kv_start + columns.start < refs.reach[1]
+        place = jnp.where(low, ~kv_pos, kv_pos)
+        if p.ragged_q or p.ragged_kv:
+            least, most = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
+            place = jnp.where(step.kind == EDGE, jnp.where(kv_pos < p.kv_len, least, most), place)
+        return place < walk.wide(refs.bounds[jnp.where(low, _LOW, _HIGH), rows], width)
+    # Unsigned, what is below low is beyond all spans.
+    after = kv_pos + walk.wide(refs.bounds[_LOW, rows], width)
+    after, span = (
+        jax.lax.bitcast_convert_type(x, jnp.uint32) for x in (after, walk.wide(refs.bounds[_SPAN, rows], width))
+    )
+    return after < span
+
+
+def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, Refs, Test], None]) -> None:
+    """Visits a block that is not full: all of it where one side is open at most, else its strips that are not hidden.
+
+    Args:
+      size: keys of a tile.
+      each: visits a block or a strip of it, at its step and with its part of what belongs to keys.
+    """
+    t = p.tiling
+    lowest, low, high, highest = (refs.reach[i] for i in range(4))  # the keys from low to high are all seen
+
+    def hidden(start: Any) -> Any:
+        return (start >= highest) | (start + t.strip <= lowest)
+
+    tiles = [step.kv_start + i for i in range(0, t.block_kv, size)]
+    strips = [step.kv_start + i for i in range(0, t.block_kv, t.strip)]
+    apart = jnp.bool_(False) if refs.in_order is None else refs.in_order[step.b] == 0
+    if p.sides > 1:
+        apart |= functools.reduce(operator.or_, ((i < low) & (i + size > high) for i in tiles))
+    if len(strips) > 1:
+        apart |= functools.reduce(operator.or_, map(hidden, strips))
+    apart &= step.kind != EDGE
+    pl.when(~apart)(functools.partial(each, step, refs, Test.SIDE))
+
+    def strip(i: Any, _: Any) -> None:
+        at = pl.ds(pl.multiple_of(i * t.strip, t.strip), t.strip)
+        here = step._replace(kv_start=step.kv_start + i * t.strip)
+        of_keys = {name: refs[name].at[(*[slice(None)] * axis, at)] for name, axis in _AXES.items() if name in refs}
+        part = Refs(refs | of_keys)
+        seen, in_order = ~hidden(here.kv_start), jnp.bool_(True)
+        if refs.in_order is not None:
+            in_order = refs.in_order[step.b] != 0
+            pl.when(seen & ~in_order)(functools.partial(each, here, part, Test.SEGMENTS))
+        pl.when(seen & in_order)(functools.partial(each, here, part, Test.INTERVAL if p.sides > 1 else Test.SIDE))
+
+    if p.sides > 1 or len(strips) > 1:
+        pl.when(apart)(lambda: jax.lax.fori_loop(0, len(strips), strip, None))

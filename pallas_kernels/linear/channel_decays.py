@@ -1,0 +1,189 @@
+"""Decays of key channels inside a TPU kernel: which rows of a chunk meet in products of matrices, and with what decay.
+
+A[r, j] = sum_h q[r, h] k[j, h] exp(b[r, h] - b[j, h]) is no product of two matrices, for exp(-b) overflows. But where r
+lies in the second half of a block of 2 s rows and j in its first, with m the row where the second half begins,
+
+    A[r, j] = (q * exp(b - b_m))[r] . (k * exp(b_m - b))[j]            both exponents at most 0
+
+is one, and s = C / 2, C / 4, .., 1 are all pairs but the diagonal, where there is no decay.
+
+Where decay is moderate, so that over neither half of the chunk any channel loses more than exp(-`MODERATE`), one such
+product with m the middle of the chunk gives all pairs at once: no factor is too large or too small for a number, and
+what comes of pairs with j > r, be it infinite, is masked. What the state has to do with it then needs no factors of
+its own: with read = exp(b - b_m) and write = exp(b_m - b)
+
+    S~ = enter S        o = A v + (q * read) S~        S' = leave (keep S~ + (k * write)^T v)
+
+for enter = exp(b_m), leave = exp(b_C - b_m) and keep = 1; else enter = leave = 1, read = exp b, write = exp(b_C - b),
+keep = exp b_C. Both ways are the same mathematics, and round alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.linear import gates, walk
+from pallas_kernels.linear.walk import Problem, dot, every_second, with_gaps
+
+SUBLANES = 8
+MODERATE = 64.0
+"""exp(-64) is 1.6e-28: factors leave ten decades on both sides for the numbers they multiply."""
+
+
+class Level(NamedTuple):
+    """Late rows that meet early rows: their decays since m and until m, and which `pairs` of them meet.
+
+    Halves that are whole tiles of rows are taken out, worked on, and put back; at `size` 0 all rows are both.
+    """
+
+    size: int
+    late_decay: jax.Array
+    early_decay: jax.Array
+    pairs: jax.Array
+
+    def late(self, x: jax.Array) -> jax.Array:
+        return every_second(x, self.size) if self.size >= SUBLANES else x
+
+    def early(self, x: jax.Array) -> jax.Array:
+        return every_second(x, self.size, first=0) if self.size >= SUBLANES else x
+
+    def back(self, x: jax.Array, *, late: bool) -> jax.Array:
+        return with_gaps(x, self.size, first=int(late)) if self.size >= SUBLANES else x
+
+    def decayed_late(self, x: jax.Array) -> jax.Array:
+        return (self.late(x) * self.late_decay).astype(x.dtype)
+
+    def decayed_early(self, x: jax.Array) -> jax.Array:
+        """With zeros between the halves."""
+        return self.back((self.early(x) * self.early_decay).astype(x.dtype), late=False)
+
+
+class Decays(NamedTuple):
+    """What the gates of a chunk do for one head; `enter`, `keep` and `leave` are rows, or None for 1.
+
+    `is_one`: all pairs are one level, that of read and write; else those of a row with itself are in none.
+    """
+
+    levels: Callable[[], Iterator[Level]]
+    read: jax.Array
+    write: jax.Array
+    enter: jax.Array | None
+    keep: jax.Array | None
+    leave: jax.Array | None
+    is_one: bool
+
+
+def times(row: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if row is None else row * x
+
+
+def turned(states: jax.Array) -> jax.Array:
+    """States as the kernels hold them, or back: with key channels, and so their decays, along the lanes."""
+    return jnp.swapaxes(states, -1, -2)
+
+
+def plus(x: Any, y: jax.Array) -> jax.Array:
+    return y if x is None else x + y
+
+
+def of(p: Problem, sums: Sequence[jax.Array], *, moderate: bool) -> Decays:
+    """Decays from the parts of b; see `gate_sums`."""
+    last = [x[-1:] for x in sums]
+    if not moderate:
+        write = _exp(p, [z - x for x, z in zip(sums, last, strict=True)])
+        return Decays(functools.partial(_halvings, p, sums), _exp(p, sums), write, None, _exp(p, last), None, False)
+    chunk = p.tiling.chunk
+    middle = [x[chunk // 2 - 1 : chunk // 2] for x in sums]
+    since = functools.reduce(jnp.add, [x - m for x, m in zip(sums, middle, strict=True)])
+    exp = gates.exponential(p.dtype)
+    read, write = exp(since), exp(-since)
+    leave = _exp(p, [z - m for z, m in zip(last, middle, strict=True)])
+
+    def levels() -> Iterator[Level]:
+        yield Level(0, read, write, walk.iota((chunk, chunk), 0) >= walk.iota((chunk, chunk), 1))
+
+    return Decays(levels, read, write, _exp(p, middle), None, leave, True)
+
+
+def either(p: Problem, gate_ref: Any, step: Any, work: Callable[[bool], None]) -> None:
+    """Does `work(True)` where decay is moderate in every chunk of the grid step, else `work(False)`."""
+    half, least = p.tiling.chunk // 2, []
+    for c in range(p.tiling.chunks):
+        for h in range(p.tiling.heads):
+            gate = walk.part(p, gate_ref, c, h, p.width, step=step)
+            least += [jnp.sum(rows, axis=0, keepdims=True) for rows in (gate[:half], gate[half:])]
+    moderate = jnp.min(functools.reduce(jnp.minimum, least)) >= -MODERATE
+    pl.when(moderate)(functools.partial(work, True))
+    pl.when(jnp.logical_not(moderate))(functools.partial(work, False))
+
+
+def own_scores(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Of rows with themselves, on the diagonal."""
+    return jnp.where(_diagonal(p), jnp.sum(q.astype(jnp.float32) * k, axis=1, keepdims=True), 0)
+
+
+def own_weights(p: Problem, pairs: jax.Array) -> jax.Array:
+    """The diagonal, as a column."""
+    return jnp.sum(jnp.where(_diagonal(p), pairs, 0), axis=1, keepdims=True)
+
+
+def gate_sums(p: Problem, gate: jax.Array) -> list[jax.Array]:
+    """The parts of b, summed over the rows; see `gates`."""
+    (part, *more) = gates.split(jnp.maximum(gate, gates.FORGET), p.dtype)
+    if not more:
+        # Half of a gate's bits and then the other half, so that products of bfloat16 sum them.
+        chunk = part.shape[0]
+        below = (walk.iota((chunk, chunk), 0) >= walk.iota((chunk, chunk), 1)).astype(p.dtype)
+        high = part.astype(p.dtype)
+        halves = jnp.concatenate([high, (part - high.astype(jnp.float32)).astype(p.dtype)], axis=0)
+        return [dot(jnp.concatenate([below, below], axis=1), halves)]
+    return [_running_sum(part), *map(_running_sum, more)]
+
+
+def _running_sum(x: jax.Array) -> jax.Array:
+    """Over the rows, in their dtype: products would round."""
+    shift = 1
+    while shift < x.shape[0]:
+        x += jnp.concatenate([jnp.zeros((shift, x.shape[1]), x.dtype), x[:-shift]], axis=0)
+        shift *= 2
+    return x
+
+
+def _middle(x: jax.Array, size: int) -> jax.Array:
+    """For every row, the row where the second half of its block of 2 `size` rows begins."""
+    if 2 * size > SUBLANES:
+        starts = range(size, x.shape[0], 2 * size)
+        return jnp.concatenate([jnp.broadcast_to(x[i : i + 1], (2 * size, x.shape[1])) for i in starts], axis=0)
+    row = walk.iota((SUBLANES, x.shape[1]), 0)
+    place = row // (2 * size) * (2 * size) + size
+    tiles = [x[i : i + SUBLANES] for i in range(0, x.shape[0], SUBLANES)]
+    return jnp.concatenate(
+        [jnp.take_along_axis(tile, place, axis=0, mode="promise_in_bounds") for tile in tiles], axis=0
+    )
+
+
+def _halvings(p: Problem, sums: Sequence[jax.Array]) -> Iterator[Level]:
+    chunk = p.tiling.chunk
+    row, column = walk.iota((chunk, chunk), 0), walk.iota((chunk, chunk), 1)
+    size = chunk // 2
+    while size:
+        since = functools.reduce(jnp.add, [x - _middle(x, size) for x in sums])
+        decay = gates.exponential(p.dtype)(-jnp.abs(since))
+        level = Level(size, decay, decay, (row // size == column // size + 1) & (row // size % 2 == 1))
+        yield level._replace(late_decay=level.late(decay), early_decay=level.early(decay))
+        size //= 2
+
+
+def _diagonal(p: Problem) -> jax.Array:
+    shape = (p.tiling.chunk, p.tiling.chunk)
+    return walk.iota(shape, 0) == walk.iota(shape, 1)
+
+
+def _exp(p: Problem, parts: Sequence[jax.Array]) -> jax.Array:
+    return gates.exponential(p.dtype)(functools.reduce(jnp.add, parts))

@@ -1,0 +1,136 @@
+"""Masks under which a query sees neighbors alone, on the kernels for TPU: which intervals are found, and every test."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jattn.masks import Causal, Chunked, Full, SlidingWindow, Stride
+from pallas_kernels.block_sparse import intervals
+from tests.pallas_kernels.test_block_sparse import CUT, TWO_WALKS, WIDE_UNITS, compare, of_mask, operands
+
+ONE_STRIP = dataclasses.replace(CUT, strip=256)
+T, S = 307, 451
+Q_DOCUMENTS = np.repeat([4, 1, 9, 2, 7, 3], [128, 1, 1, 126, 1, 50])  # they begin at the edges of blocks and inside
+KV_DOCUMENTS = np.repeat([4, 1, 9, 2, 7, 3], [256, 1, 127, 1, 16, 50])
+SORTED = {id: place for place, id in enumerate([4, 1, 9, 2, 7, 3])}
+
+
+def in_order(ids):
+    return np.array([SORTED[id] for id in ids.tolist()])
+
+
+def brute_force(rule, q_ids, kv_ids):
+    low, high = rule(np.arange(len(q_ids)))
+    seen = (low[:, None] <= np.arange(len(kv_ids))) & (np.arange(len(kv_ids)) < high[:, None])
+    return seen & (q_ids[:, None] == kv_ids)
+
+
+SEGMENTS = {
+    "rising": (in_order(Q_DOCUMENTS), in_order(KV_DOCUMENTS)),
+    "rising, with gaps, from a negative one": (3 * in_order(Q_DOCUMENTS) - 7, 3 * in_order(KV_DOCUMENTS) - 7),
+    "padding of 0 at the end": ((in_order(Q_DOCUMENTS) + 1) % 6, (in_order(KV_DOCUMENTS) + 1) % 6),
+    "padding that is not on the other side": (
+        np.where(np.arange(T) < 250, in_order(Q_DOCUMENTS), -1),
+        np.where(np.arange(S) < 300, in_order(KV_DOCUMENTS), -2),
+    ),
+    "queries in another order": (in_order(Q_DOCUMENTS)[::-1], in_order(KV_DOCUMENTS)),
+    "one": (np.zeros(T, int), np.zeros(S, int)),
+    "of one token each": (np.arange(T) * 7 % 451, np.arange(S)),
+    "around the largest integer": (
+        in_order(Q_DOCUMENTS).astype(np.int32) + np.int32(2**31 - 3),
+        in_order(KV_DOCUMENTS).astype(np.int32) + np.int32(2**31 - 3),
+    ),
+}
+OUT_OF_ORDER = {
+    "neither rising": (Q_DOCUMENTS, KV_DOCUMENTS),
+    "falling": (5 - in_order(Q_DOCUMENTS), 5 - in_order(KV_DOCUMENTS)),
+    "one that comes twice": (np.repeat([0, 1, 0], [100, 100, 107]), np.repeat([0, 1, 0], [150, 150, 151])),
+    "one that begins and ends": (np.repeat([0, 1, 2, 0], [99, 9, 99, 100]), np.repeat([0, 1, 2, 0], [99, 9, 99, 244])),
+    "random": (np.arange(T) * 7919 % 5, np.arange(S) * 7919 % 5),
+}
+
+
+@pytest.mark.parametrize("name", [*SEGMENTS, *OUT_OF_ORDER])
+def test_intervals_of_segments(name):
+    """In every row of a batch on its own: another row's order changes nothing."""
+    q_ids, kv_ids = (np.stack([x, np.zeros_like(x)]).astype(np.int32) for x in (SEGMENTS | OUT_OF_ORDER)[name])
+    rule = (Causal(90) & SlidingWindow(200, 90)).interval
+    found, sides = intervals.find(rule, jnp.asarray(q_ids), jnp.asarray(kv_ids), q_len=T, kv_len=S, block_kv=128)
+    assert sides == 2
+    np.testing.assert_array_equal(found.in_order, [name in SEGMENTS, 1])
+    for row in range(2):
+        low, high = found.ends[row]
+        seen = (low[:, None] <= np.arange(S)) & (np.arange(S) < high[:, None])
+        ids = (q_ids[row], kv_ids[row]) if found.in_order[row] else (np.zeros(T), np.zeros(S))
+        np.testing.assert_array_equal(seen, brute_force(rule, *ids))
+        assert 0 <= np.min(found.ends) <= np.max(found.ends) <= S
+
+
+def test_an_id_beyond_all_keys():
+    q_ids, kv_ids = jnp.full((1, 3), 5, jnp.int32), jnp.zeros((1, 256), jnp.int32)
+    found, _ = intervals.find(None, q_ids, kv_ids, q_len=3, kv_len=256, block_kv=128)
+    np.testing.assert_array_equal(found.ends, 256)
+
+
+def test_sides():
+    def sides(mask, kv_len=512):
+        return intervals.find(mask.interval, None, None, q_len=T, kv_len=kv_len, block_kv=128)
+
+    assert sides(Causal(200))[1] == sides(Causal(200), S)[1] == sides(SlidingWindow(20, 512))[1] == 1
+    assert sides(SlidingWindow(20, 300))[1] == sides(Chunked(50))[1] == sides(SlidingWindow(20, 512), S)[1] == 2
+    assert sides(Causal() | Stride(4)) is None
+    assert sides(Causal())[0].in_order is None
+
+
+# Batch rows with segments of their own, in order and not.
+NAMES = "rising", "of one token each", "padding that is not on the other side", "one that comes twice"
+IDS = tuple(jnp.asarray(np.stack([(SEGMENTS | OUT_OF_ORDER)[name][side] for name in NAMES])) for side in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("mask", "cut", "more"),
+    [
+        (Causal(90) & SlidingWindow(200, 90), CUT, {}),
+        (Causal(90) & SlidingWindow(20, 90), TWO_WALKS, {"sinks": (2,), "kv_bias": (4, 1, S)}),
+        (Full(), ONE_STRIP, {}),
+    ],
+    ids=["wide window", "narrow window, two walks", "segments alone"],
+)
+def test_segments(mask, cut, more):
+    arguments, cotangents = operands(4, T, S, 2, 1, 16, 16, **more)
+    kinds = np.minimum(of_mask(mask, T, S), 1)
+    compare(arguments, cotangents, mask, kinds, cut=cut, segments=IDS)
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths", "cut"),
+    [
+        (Causal(1), (T, S), CUT),
+        (Causal(30), (T, S), ONE_STRIP),
+        (SlidingWindow(1, S), (T, 512), CUT),
+        (SlidingWindow(126, S), (T, 512), ONE_STRIP),
+        (SlidingWindow(5, S), (S, T), ONE_STRIP),
+        (SlidingWindow(20, 126), (T, S), CUT),
+        (SlidingWindow(126, 60), (T, S), ONE_STRIP),
+        (Chunked(101), (T, S), ONE_STRIP),
+    ],
+    ids=[
+        *("a strip with one pair", "causal", "a strip with one pair, later keys", "a tile with one pair less"),
+        *("a ragged end", "a tile with one pair less above", "a tile with one pair less below", "chunks"),
+    ],
+)
+def test_masks(mask, lengths, cut):
+    """Of tiles that are open or hidden but for a pair. Where lists say so a block is full, whatever the mask says."""
+    kinds = of_mask(mask, *lengths)
+    kinds[0, 0, 1, -1] = kinds[0, 0, 0, 0] = 2
+    compare(*operands(1, *lengths, 2, 1, 16, 16), mask, kinds, cut=cut)
+
+
+def test_bfloat16_and_queries_that_see_nothing():
+    """Neither keys nor, where it is -inf, a sink."""
+    arguments, cotangents = operands(1, T, S, 2, 1, 128, 128, dtype=jnp.bfloat16, sinks=(2,))
+    arguments["sinks"] = jnp.asarray([-jnp.inf, 0.3])
+    got = compare(arguments, cotangents, Causal(-150) & SlidingWindow(250), cut=WIDE_UNITS, ratio=5e-3)
+    np.testing.assert_array_equal(got["lse"][0, :150], np.broadcast_to(np.float32([-np.inf, 0.3]), (150, 2)))

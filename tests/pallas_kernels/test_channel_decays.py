@@ -1,0 +1,163 @@
+"""Both ways of the TPU kernels with decays of channels, and when each is taken, against the recurrence in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jattn.linear import delta_rule
+from jattn.linear import recurrence as additive
+from pallas_kernels import linear
+from pallas_kernels.linear import channel_decays
+from pallas_kernels.linear.tiling import Tiling
+
+LENGTH = 29
+BLOCKS = Tiling(chunk=8, chunks=2, heads=1, lag=1)
+# query heads, key heads, states
+HEADS = {"alike": (2, 2, 2), "grouped": (4, 2, 2), "shared": (2, 2, 4)}
+NAMES = ("out", "end", "query", "key", "value", "gate", "initial", "beta")
+
+
+def operands(op, heads="alike", dtype=jnp.float32, width=7, value_width=5):
+    queries, keys, states = HEADS[heads]
+    random = [jax.random.normal(key, (1, LENGTH, 64)) for key in jax.random.split(jax.random.key(0), 8)]
+
+    def of(i, heads, width):
+        return random[i][:, :, : heads * width].reshape(1, LENGTH, heads, width)
+
+    query, key, value = of(0, queries, width), of(1, keys, width), of(2, states, value_width)
+    key /= jnp.linalg.norm(key, axis=-1, keepdims=True)
+    state = jax.random.normal(jax.random.key(3), (1, states, width, value_width))
+    arguments = [*(x.astype(dtype) for x in (query, key, value)), moderate(states, width), state]
+    if op == "delta":
+        arguments.append(jax.nn.sigmoid(random[4][:, :, :states]))
+    cotangents = of(5, max(queries, states), value_width).astype(dtype), jnp.roll(state, 1, axis=-1)
+    return arguments, cotangents
+
+
+def moderate(states, width):
+    """Up to 40 in half a chunk of 8 rows, and in other channels hardly anything."""
+    strength = jnp.linspace(0.01, 10, states * width).reshape(states, width)
+    return -strength * jax.random.uniform(jax.random.key(7), (1, LENGTH, states, width))
+
+
+def of_halves(total, states=2, width=7, at=(...,)):
+    """Gates that sum to `total` in every half of a chunk, exactly."""
+    return moderate(states, width).at[at].set(total / (BLOCKS.chunk // 2))
+
+
+LIMIT = channel_decays.MODERATE
+BOTH, FIRST, SECOND, NEITHER = ((True,) * 2, (True, False), (False, True), (False,) * 2)
+GATES = {
+    # For the first and the second grid step: whether it is moderate, for either head.
+    "moderate": (moderate(2, 7), (BOTH, BOTH)),
+    "none": (jnp.zeros((1, LENGTH, 2, 7)), (BOTH, BOTH)),
+    "at the limit": (of_halves(-LIMIT, at=(..., slice(3))), (BOTH, BOTH)),
+    "beyond it": (of_halves(-LIMIT, at=(..., slice(3))).at[:, 3, 1, 2].add(-1e-3), (FIRST, BOTH)),
+    "one channel of one head": (of_halves(-LIMIT - 1, at=(0, slice(20, None), 0, 2)), (BOTH, SECOND)),
+    "strong": (moderate(2, 7) * 20, (NEITHER, NEITHER)),
+    "strong and weak": (moderate(2, 7).at[..., ::2].set(-20.0), (NEITHER, NEITHER)),
+    "one that forgets all": (moderate(2, 7).at[:, 23].set(-1e4), (BOTH, NEITHER)),
+}
+TAKEN = []
+"""Of every grid step that was run: its number, and whether its decay counted as moderate."""
+
+
+@functools.cache
+def kernel(op, way=None, blocks=BLOCKS):
+    """Outputs and every gradient; with `way`, every step that way whatever its gates."""
+    either = channel_decays.either
+
+    def watched(p, gate_ref, step, work):
+        def told(moderate):
+            jax.debug.callback(lambda step: TAKEN.append((int(step), moderate)), step)
+            work(moderate)
+
+        if way is None:
+            either(p, gate_ref, step, told)
+        else:
+            work(way)
+
+    def both(arguments, cotangents, segment_ids):
+        def fused(query, key, value, gate, state, *beta):
+            entry = linear.delta_rule if beta else linear.linear_attention
+            operands = (query, key, value, *beta, gate, segment_ids, state)
+            return entry(*operands, scale=0.7, platform="interpret", blocks=blocks)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(channel_decays, "either", watched)
+            out, transpose = jax.vjp(fused, *arguments)
+            return (*out, *transpose(cotangents))
+
+    return jax.jit(both)
+
+
+@jax.jit
+def recurrence(arguments, cotangents, segment_ids):
+    def tokens(query, key, value, gate, state, *beta):
+        scan = delta_rule.token_scan if beta else additive.token_scan
+        options = {"scale": 0.7, "chunk_size": None, "out_dtype": query.dtype}
+        return scan(query, key, value, *beta, gate, segment_ids, state, **options)
+
+    out, transpose = jax.vjp(tokens, *arguments)
+    return (*out, *transpose(cotangents))
+
+
+def pairs(run, arguments, cotangents, segment_ids=None):
+    """What a kernel gives and what the recurrence in float64 does, by name."""
+    TAKEN.clear()
+    got = run(arguments, cotangents, segment_ids)
+    jax.effects_barrier()
+    with jax.enable_x64(True):
+        arguments, cotangents = jax.tree.map(lambda x: x.astype(jnp.float64), (arguments, cotangents))
+        want = recurrence(arguments, cotangents, segment_ids)
+    assert len(got) == len(want)
+    return {name: (x, y) for name, x, y in zip(NAMES, got, want, strict=False)}
+
+
+def assert_near(pairs, ratio):
+    for name, (x, y) in pairs.items():
+        x, y = np.asarray(x, np.float64), np.asarray(y)
+        error = np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
+        assert error < ratio, f"{name}: {error:.2g}"
+
+
+each_op = pytest.mark.parametrize("op", ["additive", "delta"])
+either_way = pytest.mark.parametrize("moderate", [True, False])
+
+
+@each_op
+@pytest.mark.parametrize("name", GATES)
+def test_values_gradients_and_the_way_to_them(op, name):
+    arguments, cotangents = operands(op)
+    arguments[3], moderate = GATES[name]
+    assert_near(pairs(kernel(op), arguments, cotangents), 1e-5)
+    # Both heads, forward and backward.
+    assert sorted(TAKEN) == [(step, way) for step, ways in enumerate(moderate) for way in sorted(ways * 2)]
+
+
+@each_op
+def test_segments(op):
+    arguments, cotangents = operands(op)
+    ids = jnp.asarray(np.repeat([2, 3, 9], [17, 5, 7])[None])
+    assert_near(pairs(kernel(op), arguments, cotangents, ids), 1e-5)
+    assert sorted(set(TAKEN)) == [(0, True), (1, False)]
+
+
+@either_way
+@pytest.mark.parametrize(("op", "heads"), [("additive", "grouped"), ("delta", "grouped"), ("delta", "shared")])
+def test_heads_that_share(op, heads, moderate):
+    blocks = dataclasses.replace(BLOCKS, heads=2)
+    assert_near(pairs(kernel(op, moderate, blocks), *operands(op, heads)), 1e-5)
+
+
+@each_op
+@either_way
+def test_bfloat16(op, moderate):
+    found = pairs(kernel(op, moderate), *operands(op, dtype=jnp.bfloat16, width=16, value_width=11))
+    summed = ("gate", "beta")
+    assert_near({name: pair for name, pair in found.items() if name not in summed}, 5e-3)
+    assert_near({name: pair for name, pair in found.items() if name in summed}, 1e-2)
