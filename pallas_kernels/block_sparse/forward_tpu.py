@@ -31,6 +31,13 @@ from pallas_kernels.block_sparse.tiling import LANES
 from pallas_kernels.block_sparse.walk import Problem, Refs, Step
 
 LEAST = float(jnp.finfo(jnp.float32).min)
+FARTHEST = 96.0
+"""A bound of logits, to the base 2, from which 2^20 weights and values of 2^10 may add up, and none vanishes."""
+
+
+def _is_bounded(p: Problem, sinks: Any) -> bool:
+    """Whether no running maximum is needed."""
+    return p.soft_cap is not None and p.soft_cap * scores.LOG2E <= FARTHEST and sinks is None
 
 
 def _kernel(p: Problem, table: Any, r: Refs) -> None:
@@ -50,14 +57,16 @@ def _kernel(p: Problem, table: Any, r: Refs) -> None:
         l = jnp.where(seen, l, 1)
         out = r.acc[:, : p.value_width] * (1 / l)
         r.out[...] = (out if p.marks is None else jnp.where(seen, out, 0)).astype(r.out.dtype)
-        lse = jnp.where(seen, r.m[:, :1] * math.log(2) + jnp.log(l), -jnp.inf)
+        largest = 0 if r.m is None else r.m[:, :1] * math.log(2)
+        lse = jnp.where(seen, largest + jnp.log(l), -jnp.inf)
         lse, lowered = jnp.broadcast_to(lse, (t.block_q, LANES)).T[:1], scores.lowered(p, r, step, p.tiling.forward.q)
         r.lse[...] = lse if lowered is None else lse + lowered
 
 
 def _begin_row(p: Problem, step: Step, r: Refs) -> None:
     if r.sinks is None:
-        r.m[...] = jnp.full_like(r.m, LEAST)
+        if r.m is not None:
+            r.m[...] = jnp.full_like(r.m, LEAST)
         r.acc[...] = jnp.zeros_like(r.acc)
         if r.l is not None:
             r.l[...] = jnp.zeros_like(r.l)
@@ -80,7 +89,7 @@ def _visit(p: Problem, step: Step, r: Refs, test: Test) -> None:
     t, masked = p.tiling, test is not Test.NOTHING
     rows, columns = walk.parts(t.block_q, t.forward.q), walk.parts(r.key.shape[0], t.forward.kv)
     units = [(i, j) for j in range(len(columns)) for i in range(len(rows))]
-    m = [r.m[at] for at in rows]
+    m = None if r.m is None else [r.m[at] for at in rows]
     queries = scores.queries(p, r, test)
 
     def begin(unit: tuple[int, int]) -> jax.Array:
@@ -95,19 +104,22 @@ def _visit(p: Problem, step: Step, r: Refs, test: Test) -> None:
         v = r.value[columns[j]]
         if masked and p.ragged_kv:
             v = scores.within(v, step.kv_start + columns[j].start, p.kv_len)
-        largest = jnp.maximum(m[i], jnp.max(x, axis=1, keepdims=True))
-        weights = jnp.exp2(x - walk.wide(largest, t.forward.kv))
-        kept = jnp.exp2(m[i] - largest)
+        kept = None
+        if m is not None:
+            largest = jnp.maximum(m[i], jnp.max(x, axis=1, keepdims=True))
+            x, kept, m[i] = x - walk.wide(largest, t.forward.kv), jnp.exp2(m[i] - largest), largest
+        weights = jnp.exp2(x)
         if p.sum_lane is None:
-            r.l[rows[i]] = kept * r.l[rows[i]] + sum(weights[:, at] for at in walk.parts(t.forward.kv, LANES))
+            l = r.l[rows[i]] if kept is None else kept * r.l[rows[i]]
+            r.l[rows[i]] = l + sum(weights[:, at] for at in walk.parts(t.forward.kv, LANES))
         elif p.sum_lane == p.value_width:
             v = jnp.concatenate([v, jnp.ones((t.forward.kv, LANES), v.dtype)], axis=1)
         dropped = scores.kept(p, r, scores.place(step, rows[i], columns[j]))
         weights = weights if dropped is None else weights * dropped
         moved = walk.dot(weights.astype(v.dtype), v)
-        r.acc[rows[i]] = walk.wide(kept, moved.shape[1]) * r.acc[rows[i]] + moved
-        m[i] = largest
-    for at, largest in zip(rows, m, strict=True):
+        acc = r.acc[rows[i]] if kept is None else walk.wide(kept, moved.shape[1]) * r.acc[rows[i]]
+        r.acc[rows[i]] = acc + moved
+    for at, largest in zip(rows, m or [], strict=False):
         r.m[at] = largest
 
 
@@ -120,7 +132,9 @@ def forward(p: Problem, table: jax.Array, operands: Mapping[str, jax.Array | Non
     """
     t, f32 = p.tiling, jnp.float32
     padded = p.rows * t.block_q
-    scratch: dict[str, Any] = {"m": pltpu.VMEM((t.block_q, LANES), f32)}
+    scratch: dict[str, Any] = {}
+    if not _is_bounded(p, operands["sinks"]):
+        scratch["m"] = pltpu.VMEM((t.block_q, LANES), f32)
     if p.sum_lane is None:
         scratch["l"] = pltpu.VMEM((t.block_q, LANES), f32)
     extra = LANES if p.sum_lane == p.value_width else 0

@@ -339,6 +339,22 @@ def test_segments_bias_of_keys_cap_and_sinks(cut, value_width):
     compare(arguments, cotangents, Causal(offset=60), cut=cut, soft_cap=3.0, segments=segments)
 
 
+@pytest.mark.parametrize("soft_cap", [60.0, 70.0], ids=["no maximum", "running maximum"])
+@pytest.mark.parametrize(("cut", "dtype", "ratio"), [(CUT, jnp.float32, 1e-5), (WIDE_UNITS, jnp.bfloat16, 5e-3)])
+def test_rows_at_both_ends_of_a_cap(cut, dtype, ratio, soft_cap):
+    """Of some queries all logits are at the lower end, of others at the upper; others see nothing."""
+    arguments, cotangents = operands(1, 211, 307, 2, 1, 16, 32, dtype=dtype)
+    arguments["key"] = arguments["key"].at[..., 0].set(4)
+    for rows, along in ((slice(90, 110), -2000), (slice(120, 140), 2000)):
+        arguments["query"] = arguments["query"].at[:, rows].set(0).at[:, rows, :, 0].set(along)
+    got = compare(arguments, cotangents, Causal(offset=-7), cut=cut, soft_cap=soft_cap, ratio=ratio)
+    seen = np.log(np.arange(211) - 6.0, where=np.arange(211) > 6, out=np.zeros(211))[:, None]
+    rounding = 1e-5 * soft_cap if dtype == jnp.float32 else 2.0**-8  # weights that are alike are rounded alike
+    np.testing.assert_allclose(got["lse"][0, 90:110] - seen[90:110], -soft_cap, atol=rounding)
+    np.testing.assert_allclose(got["lse"][0, 120:140] - seen[120:140], soft_cap, atol=rounding)
+    assert np.isneginf(got["lse"][0, :7]).all()
+
+
 @pytest.mark.parametrize("cut", [WIDE_UNITS, TWO_WALKS, ON_GPU], ids=["one walk", "two walks", "gpu"])
 def test_score_functions_and_the_gradients_of_what_they_capture(cut):
     def score_mod(score, b, h, q_pos, kv_pos, slopes, temperature, shift):
