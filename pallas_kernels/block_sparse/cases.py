@@ -26,7 +26,7 @@ LENGTH, HEADS, WIDTH, WINDOW = 4096, 8, 128, 1024
 
 
 def cases(target: str) -> dict[str, Case]:
-    """Causal; a window in packed sequences, whose blocks are mostly partial; ALiBi with trained slopes; dropout.
+    """Causal; a window in packed sequences (mostly partial blocks); ALiBi with trained slopes; a soft cap; dropout.
 
     The least that is moved: q, k, v -> o forward, q, k, v, o, do -> dq, dk, dv backward.
     """
@@ -57,6 +57,7 @@ def cases(target: str) -> dict[str, Case]:
         "causal": Case(_gradient(causal), arrays, least),
         "window-segments": Case(_gradient(window), (*arrays, ids), least),
         "alibi": Case(_gradient(alibi), (*arrays, slopes), least),
+        "soft-cap": Case(_gradient(functools.partial(causal, soft_cap=50.0)), arrays, least),
         "dropout": Case(_gradient(_dropout(small)), (*arrays, jax.ShapeDtypeStruct((), jnp.uint32)), least),
     }
 
