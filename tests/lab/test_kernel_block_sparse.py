@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_family_compiles(target, lab):
     out = lab("compile", "--family", "block_sparse", "--targets", target)
-    for case in ("causal", "window-segments", "alibi", "dropout"):
+    for case in ("causal", "window-segments", "alibi", "soft-cap", "dropout"):
         assert case in out
 
 
