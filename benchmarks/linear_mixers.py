@@ -28,8 +28,8 @@ from train.sharding import make_mesh
 from train.step import make_program, resolve_precision
 
 MIXERS = (
-    "softmax", "lightning", "retnet", "simple_gla", "linear", "hgrn2", "delta_rule", "gated_delta_rule", "kda",
-    "hedgehog", "linear_transformer", "normalized_attention", "s6", "rglru", "qlstm_reversed",
+    "softmax", "lightning", "retnet", "simple_gla", "mamba2", "linear", "hgrn2", "delta_rule", "gated_delta_rule",
+    "kda", "hedgehog", "linear_transformer", "normalized_attention", "s6", "rglru", "qlstm_reversed",
 )  # fmt: skip
 TEXT_STEPS = 200
 WORKDIR = Path("runs/benchmark_linear_mixers")

@@ -222,6 +222,17 @@ CATALOG: tuple[Entry, ...] = (
         golden="gla",
     ),
     Entry(
+        name="mamba2",
+        op="jattn.linear.gated:simple_gla",
+        layer="jattn.nn.mamba2:Mamba2Mixer",
+        step="jattn.linear.gated:simple_gla_step",
+        summary="Mamba-2's block: a time step that both writes and forgets, a skip, a gated norm",
+        paper="Dao and Gu 2024, section 7",
+        cost="T (C (H + V) + H V)",
+        causality="is",
+        features=frozenset({"mask", "grouped_heads", "value_dim", "segments", "state", "decay"}),
+    ),
+    Entry(
         name="hgrn2",
         op="jattn.linear.recurrence:linear_attention",
         layer="jattn.nn.gated:HGRN2Mixer",

@@ -14,6 +14,7 @@ from jattn.nn.hedgehog import HedgehogMixer, convert_attention
 from jattn.nn.kronecker import KroneckerMixer
 from jattn.nn.large_kernel import LKA, VANAttention, VANBlock
 from jattn.nn.linear import LightningMixer, LinearMixer
+from jattn.nn.mamba2 import Mamba2Mixer
 from jattn.nn.mixer import Mixer
 from jattn.nn.mlp import MLP, SwiGLU
 from jattn.nn.neighborhood import NeighborhoodAttention
@@ -41,6 +42,7 @@ __all__ = [
     "LinearMixer",
     "LinearTransformerMixer",
     "MLP",
+    "Mamba2Mixer",
     "Mixer",
     "NeighborhoodAttention",
     "NeighborhoodMixer",

@@ -48,11 +48,15 @@ class SoftplusDecay(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K X"]:
         """log a, X the channels of a head; in float32 or wider."""
+        return self.with_step(x)[1]
+
+    def with_step(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K X"], Float[Array, "B T K X"]]:
+        """Delta and log a."""
         accumulator = checks.accumulator_dtype(x.dtype)
         logits = self.up(x if self.down is None else self.down(x)).astype(accumulator)
         rate = jnp.exp(self.log_rate[...].astype(accumulator))
         step = jax.nn.softplus(logits).reshape(*x.shape[:-1], rate.shape[0], -1)
-        return -rate[:, None] * step
+        return step, -rate[:, None] * step
 
     def flops(self, tokens: int) -> float:
         return matrix_flops(tokens, self.down, self.up)

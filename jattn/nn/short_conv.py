@@ -95,9 +95,12 @@ class HeadConvolutions(nnx.Module):
     State: a tuple of the three states.
     """
 
-    def __init__(self, projections: Projections, *, taps: int, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, projections: Projections, *, taps: int, use_bias: bool = False, param_dtype: Any, rngs: nnx.Rngs
+    ):
         def convolution(layer: nnx.Linear) -> ShortConvolution:
-            return ShortConvolution(layer.out_features, taps=taps, param_dtype=param_dtype, rngs=rngs)
+            options: dict[str, Any] = {"taps": taps, "use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+            return ShortConvolution(layer.out_features, **options)
 
         self.query, self.key, self.value = (
             convolution(layer) for layer in (projections.query, projections.key, projections.value)
