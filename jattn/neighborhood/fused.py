@@ -1,6 +1,6 @@
 """Neighborhood attention by kernels: in one pass where windows are small, else over tiles of a grid.
 
-On TPU the image of a dilation group that fits the chip is attended in one pass, and a relative position bias only so.
+On TPU small windows are attended in one pass (`one_pass`), and a relative position bias only so.
 What else there is goes to the block-sparse kernels, with tiles of a permuted grid as blocks, neighborhoods as windows.
 
 After `token_permute` a tile of the grid is a block of consecutive tokens, the plan of `jattn.neighborhood.tiles` lists
@@ -16,21 +16,19 @@ import itertools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jattn.neighborhood import one_pass
 from jattn.neighborhood.arguments import Operands
 from jattn.neighborhood.permute import token_permute, token_unpermute
-from jattn.neighborhood.tiles import TilePlan, by_group, tile_plan
-from jattn.neighborhood.window import Axis, Neighborhood, window_bounds
+from jattn.neighborhood.tiles import TilePlan, tile_plan
+from jattn.neighborhood.window import Neighborhood
 from jattn.softmax_tile import Score
 from pallas_kernels.block_sparse import BlockLists, Windows, WorkList, block_sparse_attention, tiling
 from pallas_kernels.block_sparse import attention as kernel
 from pallas_kernels.block_sparse import lists as kernel_lists
-from pallas_kernels.neighborhood import attention as one_pass
-from pallas_kernels.neighborhood.tables import Bounds, Problem
 
 TPU_PLACES, GPU_PLACES = (128, 256, 512, 1024), (64, 128)
 """Tokens of tiles that are tried."""
@@ -49,8 +47,9 @@ def fused_neighborhood(
     platform: kernel.Platform, x: Operands, *, neighborhood: Neighborhood, score: Score, q_tile: Any, kv_tile: Any
 ) -> tuple[Array, Array]:
     """`(out, lse)` of the windows, without additional tokens."""
-    if _in_one_pass(platform, x, neighborhood, score, q_tile, kv_tile):
-        return _one_pass(platform, x, neighborhood, score)
+    found = _in_one_pass(platform, x, neighborhood, score, q_tile, kv_tile)
+    if found is not None:
+        return one_pass.attend(found, x)
     return general(platform, x, neighborhood=neighborhood, score=score, q_tile=q_tile, kv_tile=kv_tile)
 
 
@@ -86,7 +85,7 @@ def check_fused_neighborhood(
     """Raises `NotImplementedError` with the reason where the kernels do not do a call."""
     if x.rel_pos_bias is not None:
         try:
-            _problem(platform, x, neighborhood, score, q_tile, kv_tile)
+            one_pass.plan(platform, x, neighborhood, score.scale, q_tile, kv_tile)
         except NotImplementedError as reason:
             raise NotImplementedError(f"rel_pos_bias: the kernels take one in one pass alone; {reason}") from None
         return
@@ -99,79 +98,20 @@ def check_fused_neighborhood(
     kernel.check(*flat, **functions, block_q=least, block_kv=least, platform=platform)
 
 
-def _one_pass(platform: kernel.Platform, x: Operands, neighborhood: Neighborhood, score: Score) -> tuple[Array, Array]:
-    """A dilation group as an image of its own."""
-    axes = _two_axes(x, neighborhood)
-    group, dilation = _group(axes), tuple(axis.dilation for axis in axes)
-
-    def image(a: Array) -> Array:
-        by_axis = a.reshape(a.shape[0], axes[0].extent, axes[1].extent, *a.shape[-2:])
-        return token_permute(by_axis, group, dilation).reshape(-1, *group, *a.shape[-2:])
-
-    def back(a: Array) -> Array:
-        tokens = a.reshape(a.shape[0], math.prod(group), *a.shape[3:])
-        by_axis = token_unpermute(tokens, tuple(axis.extent for axis in axes), group, dilation)
-        return by_axis.reshape(x.query.shape[0], *x.grid, *a.shape[3:])
-
-    bias = x.rel_pos_bias
-    if bias is not None:
-        bias = bias.reshape(bias.shape[0], -1, bias.shape[-1])
-    query, key, value = (image(a) for a in (x.query, x.key, x.value))
-    options: Any = {"axes": _bounds(axes), "scale": score.scale, "platform": platform}
-    out, lse = one_pass.one_pass_attention(query, key, value, bias, **options)
-    return back(out), back(lse)
-
-
 def _in_one_pass(
     platform: kernel.Platform, x: Operands, neighborhood: Neighborhood, score: Score, q_tile: Any, kv_tile: Any
-) -> bool:
-    """Whether a call is done in one pass: with a bias it must be, else it is where that takes less time."""
+) -> one_pass.Plan | None:
+    """How a call is done in one pass: with a bias it must be, else it is where that takes less time."""
     try:
-        p = _problem(platform, x, neighborhood, score, q_tile, kv_tile)
+        found = one_pass.plan(platform, x, neighborhood, score.scale, q_tile, kv_tile)
     except NotImplementedError:
-        return False
-    if p.biased:
-        return True
-    plan = _plan(platform, x, neighborhood, q_tile, kv_tile)
-    pairs = math.prod(int(np.sum(ranges.last - ranges.first + 1)) for ranges in plan.kv_ranges)
-    general = REGISTERS * float(tiling.cost(pairs, plan.q_places, plan.kv_places))
-    return ONE_PASS * plan.groups * p.programs * p.work / p.heads < general
-
-
-def _problem(
-    platform: kernel.Platform, x: Operands, neighborhood: Neighborhood, score: Score, q_tile: Any, kv_tile: Any
-) -> Problem:
-    """The call as the kernels of one pass know it; raises `NotImplementedError` with the reason where they do not."""
-    if len(x.grid) > 2:
-        raise NotImplementedError(f"a grid has two axes at most there, not {len(x.grid)}")
-    for name, given in (("key_mask", x.key_mask), ("q_tile", q_tile), ("kv_tile", kv_tile)):
-        if given is not None:
-            raise NotImplementedError(f"{name}: there is none there")
-    axes = _two_axes(x, neighborhood)
-    groups = x.query.shape[0] * math.prod(axis.dilation for axis in axes)
-    shapes = (jax.ShapeDtypeStruct((groups, *_group(axes), *a.shape[-2:]), a.dtype) for a in (x.query, x.key, x.value))
-    options: Any = {"axes": _bounds(axes), "biased": x.rel_pos_bias is not None, "scale": score.scale}
-    return one_pass.problem(*shapes, **options, platform=platform)
-
-
-def _two_axes(x: Operands, neighborhood: Neighborhood) -> tuple[Axis, Axis]:
-    """A line is the one row of an image."""
-    axes = neighborhood.axes(x.grid)
-    return (axes[0], axes[1]) if len(axes) == 2 else (Axis(1, 1, 1, 1, False), axes[0])
-
-
-def _group(axes: tuple[Axis, ...]) -> tuple[int, ...]:
-    """Tokens of a dilation group, those that fill up a short one included."""
-    return tuple(math.ceil(axis.extent / axis.dilation) for axis in axes)
-
-
-@functools.lru_cache(maxsize=256)
-def _bounds(axes: tuple[Axis, Axis]) -> tuple[Bounds, Bounds]:
-    found = []
-    for axis, length in zip(axes, _group(axes), strict=True):
-        tables = (by_group(axis, each, length).tolist() for each in window_bounds(*axis))
-        found.append(Bounds(*(tuple(map(tuple, table)) for table in tables)))
-    return found[0], found[1]
+        return None
+    if x.rel_pos_bias is not None:
+        return found
+    tiles = _plan(platform, x, neighborhood, q_tile, kv_tile)
+    pairs = math.prod(int(np.sum(ranges.last - ranges.first + 1)) for ranges in tiles.kv_ranges)
+    general = REGISTERS * float(tiling.cost(pairs, tiles.q_places, tiles.kv_places))
+    return found if ONE_PASS * found.work < general else None
 
 
 def _lists(platform: kernel.Platform, plan: TilePlan, transposed: bool) -> Any:

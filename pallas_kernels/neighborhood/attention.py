@@ -36,8 +36,8 @@ class Operands(NamedTuple):
 
 def one_pass_attention(
     query: Float[Array, "B X Y N H"],
-    key: Float[Array, "B X Y N H"],
-    value: Float[Array, "B X Y N H"],
+    key: Float[Array, "B Xk Yk N H"],
+    value: Float[Array, "B Xk Yk N H"],
     bias: Float[Array, "N dx dy"] | None = None,
     *,
     axes: tuple[Bounds, Bounds],
@@ -49,8 +49,8 @@ def one_pass_attention(
     Args:
       query, key, value: bfloat16 or float32, as many heads of each.
       bias: for every head and distance key - query along the axes, with the distance 0 in the middle.
-      axes: the windows along X and Y, each of some groups; batch row b is of group b mod G, row-major over the groups
-        of the axes. No window may be empty.
+      axes: the windows along X and Y among the keys, each of some groups; batch row b is of group b mod G, row-major
+        over the groups of the axes. No window may be empty.
       platform: "tpu"; "interpret" runs its kernels step by step anywhere.
 
     Raises:
@@ -73,15 +73,15 @@ def problem(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype not in (jnp.bfloat16, jnp.float32) or x.dtype != query.dtype:
             raise NotImplementedError(f"{name}: the kernel multiplies bfloat16 or float32 alone, not {x.dtype}")
-        if x.shape != query.shape:
+        if (x.shape[0], *x.shape[3:]) != (batch, heads, width):
             raise NotImplementedError(f"{name}: in one pass all heads are alike, {query.shape}, not {x.shape}")
     if width > LANES or (heads * width > LANES and LANES % width):
         raise NotImplementedError(f"query: heads that fill {LANES} lanes are taken in one pass, not {heads} of {width}")
     fixed: Any = {"biased": biased, "scale": float(scale), "dtype": query.dtype, "interpret": platform == "interpret"}
     unfitted = Problem(batch, heads, width, axes, (1, SUBLANES), **fixed)
-    found = tables.choose(unfitted)
+    found, grid = tables.choose(unfitted), unfitted.key_grid
     if found is None:
-        raise NotImplementedError(f"an image of {unfitted.grid} with such windows does not fit the chip in one pass")
+        raise NotImplementedError(f"an image of {grid} with such windows does not fit the chip in one pass")
     return found
 
 

@@ -81,7 +81,7 @@ def _case(
 
 def _one_pass(extent: int, heads: int, *, window: int, batch: int, width: int = 32) -> Case:
     low = np.clip(np.arange(extent) - window // 2, 0, extent - window)
-    bounds = Bounds((tuple(low.tolist()),), (tuple((low + window).tolist()),))
+    bounds = Bounds((tuple(low.tolist()),), (tuple((low + window).tolist()),), extent, (0,))
 
     def attention(query: Any, key: Any, value: Any, bias: Any) -> Any:
         q, k, v = (x.reshape(*x.shape[:3], heads, width) for x in (query, key, value))

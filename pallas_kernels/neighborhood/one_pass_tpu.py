@@ -93,9 +93,10 @@ def _hold(p: Problem, given: Any, held: Any) -> None:
     x = given[...].astype(held.dtype)
     if p.heads % p.together:
         x = jnp.where(_lane(x.ndim, p.lanes) < _lanes_left(p), x, 0)
-    held[:, : p.grid[1]] = x
-    if p.y.held > p.grid[1]:
-        held[:, p.grid[1] :] = jnp.zeros((p.grid[0], p.y.held - p.grid[1], p.lanes), held.dtype)
+    rows, columns = p.key_grid
+    held[:, :columns] = x
+    if p.y.held > columns:
+        held[:, columns:] = jnp.zeros((rows, p.y.held - columns, p.lanes), held.dtype)
 
 
 def _lane(ndim: int, lanes: int) -> jax.Array:
@@ -215,8 +216,8 @@ def _backward_kernel(p: Problem, r: Refs) -> None:
         _put(p, r.dq, tile, dq, p.scale)
 
     _tiles(p, r, lambda tiles: _in_turn(tiles, scores, softmax, sums, end))
-    r.dk[...] = (r.key_sums[:, : p.grid[1]] * p.scale).astype(r.dk.dtype)
-    r.dv[...] = r.value_sums[:, : p.grid[1]].astype(r.dv.dtype)
+    r.dk[...] = (r.key_sums[:, : p.key_grid[1]] * p.scale).astype(r.dk.dtype)
+    r.dv[...] = r.value_sums[:, : p.key_grid[1]].astype(r.dv.dtype)
 
 
 def _call(
@@ -235,7 +236,11 @@ def _call(
       products: of matrices, of all logits.
     """
     x, y = p.x, p.y
-    image = pl.BlockSpec((None, *p.grid, p.lanes), lambda g, b, *_: (b, 0, 0, g))
+    grids = dict.fromkeys(("key", "value", "dk", "dv"), p.key_grid)
+
+    def image(name: str) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *grids.get(name, p.grid), p.lanes), lambda g, b, *_: (b, 0, 0, g))
+
     tables = operands["table"].shape[0]
     table = pl.BlockSpec((None, p.kinds, p.keys, p.columns), lambda g, b, *_: (g if tables > 1 else 0, 0, 0, 0))
     rows = pl.BlockSpec((None, None, x.tiles, y.tiles, p.columns), lambda g, b, *_: (g, b, 0, 0, 0))
@@ -248,7 +253,7 @@ def _call(
     axes = jax.typeof(operands["query"]).manual_axis_type
     out_shape = []
     for result in results:
-        shape, dtype = shapes.get(result, ((p.batch, *p.grid, p.heads * p.width), p.dtype))
+        shape, dtype = shapes.get(result, ((p.batch, *grids.get(result, p.grid), p.heads * p.width), p.dtype))
         out_shape.append(jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes))
     places = {name: operands[name] for name in ("along_x", "along_y")}
     given = {name: array for name, array in operands.items() if name not in places}
@@ -260,9 +265,9 @@ def _call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(places),
             grid=(p.programs, p.batch),
-            in_specs=[of_name.get(each, image) for each in given],
-            out_specs=[of_name.get(each, image) for each in results],
-            scratch_shapes=[pltpu.VMEM((p.grid[0], y.held, p.lanes), f32) for _ in scratch],
+            in_specs=[of_name.get(each) or image(each) for each in given],
+            out_specs=[of_name.get(each) or image(each) for each in results],
+            scratch_shapes=[pltpu.VMEM((p.key_grid[0], y.held, p.lanes), f32) for _ in scratch],
         ),
         out_shape=out_shape,
         name=name,
@@ -284,7 +289,8 @@ def forward(p: Problem, operands: Mapping[str, jax.Array]) -> tuple[jax.Array, j
     """Outputs `[B, X, Y, N * H]` and log-sum-exps `[programs, B, X tiles, Y tiles, columns]`.
 
     Args:
-      operands: query, key, value `[B, X, Y, N * H]`, table (to the base 2), and along_x and along_y, from `places`.
+      operands: query, key, value `[B, X, Y, N * H]`, of which keys and values may have more rows and columns; table (to
+        the base 2), and along_x and along_y, from `places`.
     """
     name = "neighborhood_attention_forward"
     found = _call(p, _forward_kernel, name, operands, ("out", "lse"), ("held_keys", "held_values"), 2)

@@ -1,10 +1,11 @@
 """Tiles of queries on a grid of two axes, the keys around each, and one table of who sees whom for all that are alike.
 
 Along an axis, tile t of T queries i0 .. i0 + T - 1 reads the keys start(t) .. start(t) + reach - 1: all that its
-windows low(i) <= j < high(i) hold, and what fills up the last of the registers. Away from borders all tiles are alike:
+windows low(i) <= j < high(i) hold, and what fills up the last of the registers. Query i is in the place of key f + i,
+where f is 0 for a whole axis. Away from borders all tiles are alike:
 
     seen_c(r, p)      low(i0 + p) <= start + r < high(i0 + p)
-    distance_c(r, p)  start + r - (i0 + p)                       for every tile of kind c along the axis
+    distance_c(r, p)  start + r - (f + i0 + p)                   for every tile of kind c along the axis
 
 and there are few kinds, found by comparing tiles: whatever moves windows inward, strides and causal axes are in them.
 On the grid a kind is a pair of them, and the logits of a tile get, for heads n, keys r r' and queries p p',
@@ -39,10 +40,17 @@ STEP = 16
 
 
 class Bounds(NamedTuple):
-    """Along an axis: query i of a dilation group sees the keys low .. high - 1 of that group; a row for each group."""
+    """Along an axis: query i sees the keys low .. high - 1; a row for each group of batch rows.
+
+    Attributes:
+      keys: how many there are; queries may be fewer.
+      first: the key in the place of query 0, of each group.
+    """
 
     low: tuple[tuple[int, ...], ...]
     high: tuple[tuple[int, ...], ...]
+    keys: int
+    first: tuple[int, ...]
 
 
 class Along(NamedTuple):
@@ -75,19 +83,20 @@ class Along(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def along(bounds: Bounds, tile: int, unit: int) -> Along:
     """Tiles of `tile` queries, which read a multiple of `unit` keys."""
-    low, high = (np.array(each, np.int32) for each in bounds)
+    low, high = (np.array(each, np.int32) for each in bounds[:2])
     groups, extent = low.shape
     tiles = math.ceil(extent / tile)
     # A query beyond the axis sees what the last one sees: none may see nothing.
     beyond = [(0, 0), (0, tiles * tile - extent)]
     low, high = (np.pad(x, beyond, mode="edge").reshape(groups, tiles, tile) for x in (low, high))
     first = low.min(axis=2)
-    reach, held = (_whole(size, unit) for size in (int((high.max(axis=2) - first).max()), extent))
+    reach, held = (_whole(size, unit) for size in (int((high.max(axis=2) - first).max()), bounds.keys))
     start = np.minimum(first, held - reach)
     key = (start[..., None] + np.arange(reach))[..., None]
     seen = (low[:, :, None] <= key) & (key < high[:, :, None])
-    distance = key - np.arange(tiles * tile).reshape(tiles, 1, tile)
-    patterns = np.where(seen, distance, extent).reshape(groups * tiles, -1)
+    place = np.array(bounds.first)[:, None] + np.arange(tiles * tile)
+    distance = key - place.reshape(groups, tiles, 1, tile)
+    patterns = np.where(seen, distance, bounds.keys).reshape(groups * tiles, -1)
     numbers: dict[bytes, int] = {}
     kind = np.array([numbers.setdefault(pattern.tobytes(), len(numbers)) for pattern in patterns], np.int32)
     _, example = np.unique(kind, return_index=True)
@@ -126,7 +135,12 @@ class Problem:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Of queries."""
         return len(self.axes[0].low[0]), len(self.axes[1].low[0])
+
+    @property
+    def key_grid(self) -> tuple[int, int]:
+        return self.axes[0].keys, self.axes[1].keys
 
     @property
     def together(self) -> int:
@@ -162,8 +176,8 @@ class Problem:
 
     @property
     def image(self) -> int:
-        """Numbers of an image that is held in whole registers, in the lanes of a program."""
-        return self.grid[0] * self.y.held * LANES
+        """Numbers of an image of keys that is held in whole registers, in the lanes of a program."""
+        return self.key_grid[0] * self.y.held * LANES
 
     @property
     def table_bytes(self) -> int:
@@ -185,9 +199,10 @@ class Problem:
 @functools.lru_cache(maxsize=256)
 def choose(p: Problem) -> Problem | None:
     """With the tile that takes least time; `None` where none fits the chip."""
-    x, y = p.grid
+    x, y = p.key_grid
     if 14 * x * _whole(y, SUBLANES) * LANES * jnp.dtype(p.dtype).itemsize > BUDGET:
         return None  # the blocks of an image alone; making tables of a large one takes long
+    x, y = p.grid
     along_y = range(SUBLANES, _whole(min(y, MOST_Y), SUBLANES) + 1, SUBLANES)
     tiles = itertools.product(range(1, min(x, MOST_X) + 1), (t for t in along_y if math.ceil(y / t) <= MOST_TILES))
     found = [dataclasses.replace(p, tile=tile) for tile in tiles if math.prod(tile) * p.together <= MOST_COLUMNS]

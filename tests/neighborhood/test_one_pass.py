@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 import jattn
 from jattn.models.nat import NAT, NATConfig
 from jattn.neighborhood import fused
-from jattn.neighborhood.window import Neighborhood
+from jattn.neighborhood.one_pass import cut
+from jattn.neighborhood.window import Neighborhood, visible
 from pallas_kernels.neighborhood import attention as one_pass
 from pallas_kernels.neighborhood import one_pass_tpu, tables
 from pallas_kernels.neighborhood.tables import Problem
@@ -40,13 +41,14 @@ def only_one_pass(monkeypatch):
     monkeypatch.setattr(one_pass_tpu, "TURN", 3)
 
 
-def arrays(grid, heads, width, dtype=np.float32, bias=None, additional=0):
+def arrays(grid, heads, width, dtype=np.float32, bias=None, additional=0, kv_heads=None, value_width=None):
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
-    x = {name: normal(B, *grid, heads, width) for name in ("query", "key", "value")}
+    x = {"query": normal(B, *grid, heads, width), "key": normal(B, *grid, kv_heads or heads, width)}
+    x["value"] = normal(B, *grid, kv_heads or heads, value_width or width)
     if additional:
         x |= {f"additional_{name}": normal(B, additional, heads, width) for name in ("keys", "values")}
     return x if bias is None else x | {"rel_pos_bias": normal(heads, *(2 * w - 1 for w in bias))}
@@ -113,6 +115,66 @@ def test_heads_that_do_not_fill_the_last_lanes():
     compare(arrays((7, 11), 6, 32, bias=(3, 3)), kernel_size=3)
 
 
+@pytest.mark.parametrize("value_width", [19, 48])
+def test_heads_that_share_keys_and_values_of_another_width(value_width):
+    compare(arrays((7, 11), 6, 32, bias=(3, 3), kv_heads=2, value_width=value_width), kernel_size=3)
+
+
+def test_heads_that_do_not_divide_the_lanes():
+    """Four of 48 channels, as of 64."""
+    compare(arrays((7, 11), 4, 48, bias=(3, 3)), kernel_size=3)
+
+
+@pytest.fixture
+def small_chip(monkeypatch):
+    """One that holds images of 60 keys at most."""
+    choose = tables.choose
+    monkeypatch.setattr(tables, "choose", lambda p: choose(p) if math.prod(p.key_grid) <= 60 else None)
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "images"),
+    [
+        ((13, 11), {"kernel_size": (3, 5)}, 7),
+        ((23, 5), {"kernel_size": (4, 3), "stride": (3, 2)}, 4),
+        ((19, 7), {"kernel_size": 3, "is_causal": (True, False)}, 4),
+        ((17, 23), {"kernel_size": 3, "dilation": (2, 3)}, 2 * 3 * 2),
+        ((131,), {"kernel_size": 7}, 4),
+    ],
+    ids=["both axes", "strides", "causal", "groups that are not equal", "a line"],
+)
+def test_large_images_in_bands(grid, options, images, small_chip, monkeypatch):
+    seen, attend = [], one_pass.one_pass_attention
+    monkeypatch.setattr(one_pass, "one_pass_attention", lambda *x, **o: seen.append(x[0].shape) or attend(*x, **o))
+    window = (
+        None if {"stride", "is_causal"} & set(options) else Neighborhood(options["kernel_size"]).on(grid).kernel_size
+    )
+    compare(arrays(grid, 2, 16, bias=window), **options)
+    assert {shape[0] for shape in seen} == {B * images}
+
+
+@pytest.mark.parametrize(
+    "axis", [(29, 5, 2, 1, False), (29, 4, 1, 3, True), (31, 7, 1, 4, False), (12, 12, 1, 1, False)]
+)
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 64])
+def test_bands_hold_all_that_their_queries_see(axis, count):
+    (axis,) = Neighborhood(*((each,) for each in axis[1:])).axes(axis[:1])
+    found, dilation = cut(axis, count), axis.dilation
+    wanted, got = visible(axis), np.zeros((axis.extent, axis.extent), bool)
+    for group in range(dilation):
+        for i, (first, start) in enumerate(zip(found.first, found.start, strict=True)):
+            row = group * found.bands + i
+            assert found.bounds.first[row] == first - start
+            for place in range(found.queries):
+                low, high = found.bounds.low[row][place], found.bounds.high[row][place]
+                assert 0 <= low < high <= found.keys
+                query, keys = first + place, start + np.arange(low, high)
+                if query * dilation + group < axis.extent:
+                    got[query * dilation + group, keys * dilation + group] = True
+    assert (got == wanted).all()
+    assert found.bands <= count
+
+
 def test_bfloat16():
     got = compare(arrays((13, 11), 4, 32, jnp.bfloat16, bias=(5, 5)), kernel_size=5, ratio=6e-3)
     assert got["out"].dtype == got["d key"].dtype == got["d rel_pos_bias"].dtype == jnp.bfloat16
@@ -177,7 +239,7 @@ def test_natten_gives_the_same(case):
 
 
 def bounds(grid, window):
-    return fused._bounds(Neighborhood(window).axes(grid))
+    return tuple(cut(axis, 1).bounds for axis in Neighborhood(window).axes(grid))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +299,8 @@ def test_the_stages_of_nat_fit_the_chip(grid, heads):
     assert all(p.work <= other.work for other in others if other.columns <= tables.MOST_COLUMNS)
 
 
-def test_nat_with_a_bias_runs_on_the_kernel():
+def test_nat_with_a_bias_runs_on_the_kernel(monkeypatch):
+    monkeypatch.undo()
     config = NATConfig(num_classes=3, width=32, depths=(2, 1), num_heads=(1, 2), dilations=(2, 1), kernel_size=3)
     model = NAT(config, rngs=nnx.Rngs(0))
     decisions = jattn.explain(model, jnp.zeros((1, 32, 32, 3)))
@@ -246,15 +309,16 @@ def test_nat_with_a_bias_runs_on_the_kernel():
 
 
 def test_it_is_taken_where_it_takes_less_time(monkeypatch):
-    """Windows of 7 in one pass; not those as wide as a large tile, nor an image that the chip does not hold."""
+    """Windows of 7 in one pass, in bands where the chip does not hold an image; not those as wide as a large tile."""
     monkeypatch.undo()
 
     def taken(grid, window, heads=4, width=32, **options):
         x = fused.Operands(*[jax.ShapeDtypeStruct((1, *grid, heads, width), jnp.bfloat16)] * 3)
         neighborhood = Neighborhood(window).on(grid)
-        return fused._in_one_pass("tpu", x, neighborhood, fused.Score(1.0, None), options.get("q_tile"), None)
+        found = fused._in_one_pass("tpu", x, neighborhood, fused.Score(1.0, None), options.get("q_tile"), None)
+        return found is not None
 
-    for grid in ((56, 56), (28, 28), (14, 14), (7, 7)):
+    for grid in ((256, 256), (56, 56), (28, 28), (14, 14), (7, 7)):
         assert taken(grid, 7)
     assert taken((64, 64), 13)
     assert not taken((32, 32), 31)
@@ -262,7 +326,6 @@ def test_it_is_taken_where_it_takes_less_time(monkeypatch):
     with pytest.raises(NotImplementedError, match="does not fit the chip"):
         problem((64, 64), 4, 32, 61)
     assert not taken((32768,), 2048)
-    assert not taken((256, 256), 7)
     assert not taken((5, 7, 11), 3)
     assert not taken((56, 56), 7, q_tile=(8, 16))
 
@@ -270,13 +333,16 @@ def test_it_is_taken_where_it_takes_less_time(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query": jnp.zeros((B, 7, 5, 4, 32))}, r"key: in one pass all heads are alike"),
         ({"key_mask": jnp.ones((B, 7, 5), bool)}, "key_mask: there is none there"),
         ({"kv_tile": (8, 16)}, "kv_tile: there is none there"),
-        ({"heads": 4, "width": 48}, "query: heads that fill 128 lanes are taken in one pass, not 4 of 48"),
+        ({"width": 160}, "query: heads that fill 128 lanes are taken in one pass, not 2 of 256"),
         ({"grid": (3, 3, 3)}, "a grid has two axes at most there, not 3"),
         ({"dtype": jnp.float16}, "query: the kernel multiplies bfloat16 or float32 alone, not float16"),
-        ({"grid": (512, 512)}, r"an image of \(512, 512\) with such windows does not fit the chip in one pass"),
+        (
+            {"window": 21, "grid": (256, 256), "heads": 4},
+            r"an image of \(21, 36\) with such windows does not fit the chip in one pass",
+        ),
+        ({"window": 23, "grid": (64, 64)}, "a window has at most 512 keys there, not 529"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -284,9 +350,10 @@ def test_a_bias_that_is_not_taken_in_one_pass(changes, message):
     changes = dict(changes)
     grid, heads = changes.pop("grid", (7, 5)), changes.pop("heads", 2)
     shape = jax.ShapeDtypeStruct((B, *grid, heads, changes.pop("width", 32)), changes.pop("dtype", jnp.float32))
+    window = changes.pop("window", 3)
     x = dict.fromkeys(("query", "key", "value"), shape) | changes
-    bias = jax.ShapeDtypeStruct((x["query"].shape[-2], *[5] * len(grid)), jnp.float32)
-    call = {"kernel_size": 3, "implementation": "pallas_tpu"} | {n: x.pop(n) for n in ("kv_tile",) if n in x}
+    bias = jax.ShapeDtypeStruct((x["query"].shape[-2], *[2 * window - 1] * len(grid)), jnp.float32)
+    call = {"kernel_size": window, "implementation": "pallas_tpu"} | {n: x.pop(n) for n in ("kv_tile",) if n in x}
     with pytest.raises(NotImplementedError, match=f"rel_pos_bias: the kernels take one in one pass alone; {message}"):
         jax.eval_shape(lambda x, bias: jattn.neighborhood_attention(**x, rel_pos_bias=bias, **call), x, bias)
 
