@@ -8,7 +8,8 @@ independent. Along the sequence (context parallelism) a device holds a piece of 
 - softmax attention passes keys and values round a ring and merges the partial results by their log-sum-exp (Liu et al.
 2023);
 - neighborhood attention fetches rows of the first axis of its grid likewise;
-- block-sparse attention gathers keys and values and sends queries to where there is least work.
+- block-sparse attention gathers keys and values and sends queries, with the lists of their blocks, to where there is
+  least work; so does softmax attention under a mask that is neither full nor causal.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -39,13 +40,13 @@ from jattn.neighborhood.neighborhood import neighborhood_attention
 from jattn.neighborhood.on_mesh import halo_attention
 from jattn.sparse.block_mask import BlockMask
 from jattn.sparse.block_sparse import ScoreMod, block_sparse_attention
-from jattn.sparse.on_mesh import gathered_attention
+from jattn.sparse.on_mesh import Rows, gathered_attention, route
 from jattn.sparse.sliding_window import sliding_window_attention
 
 Axes = str | Sequence[str] | None
 ARRAYS = (
     "segment_ids", "log_decay", "slopes", "gamma", "beta", "initial_state", "sinks", "captured",
-    "additional_keys", "additional_values", "rel_pos_bias", "key_mask",
+    "additional_keys", "additional_values", "rel_pos_bias", "key_mask", "kv_bias",
 )  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def shard_attention(
       mesh: the devices.
       batch, heads: mesh axes that split B, and the heads of queries, keys and values; every size must divide.
       context: the mesh axis that splits the sequence, or the first axis of a grid, into consecutive equal pieces.
-      options: options of the op, none of them an array; a `BlockMask` may hold arrays, and its lists of batch rows or
-        heads are split as those are.
+      options: options of the op, none of them an array; a `BlockMask` may hold arrays, and its lists are split as the
+        batch rows, heads and queries that they belong to. With `context` no device has a part of a block of queries.
 
     Returns:
       `f(query, key, value, **arrays)` on global arrays, which returns what the op does; `arrays` are those of `ARRAYS`
@@ -115,19 +116,31 @@ def shard_attention(
         if op is retention:  # a device does not know which heads it has
             arrays.setdefault("gamma", retention_gamma(key.shape[2]))
 
-        static = dict(options)
-        if context is None and _has_own_lists(options.get("block_mask")):
-            arrays["block_mask"] = static.pop("block_mask")
+        static, on_mesh = dict(options), op
+        if context is None:
+            if _has_own_lists(options.get("block_mask")):
+                arrays["block_mask"] = static.pop("block_mask")
+        elif op is dot_product_attention and _is_beyond_the_ring(static.get("mask"), query, key):
+            causal = masks.Causal() if static.pop("is_causal", False) else masks.Full()
+            on_mesh, static["block_mask"] = block_sparse_attention, causal & static.pop("mask")
+        if context is not None and on_mesh is block_sparse_attention:
+            block_mask = static.pop("block_mask")
+            arrays["rows"], static["route"] = route(block_mask, query.shape[1], key.shape[1], mesh.shape[context])
         token, state = P(batch, context, *[None] * (query.ndim - 4), heads, None), P(batch, heads)
         gate = {1: P(heads), 3: P(batch, context, heads), 4: token}
         specs: dict[str, Any] = {"segment_ids": P(batch, context), "slopes": P(heads), "gamma": P(heads)}
         specs |= {"beta": gate[3], "initial_state": state, "sinks": P(heads), "captured": P()}
-        specs |= {"key_mask": P(batch, context), "rel_pos_bias": P(heads)}
+        specs |= {"key_mask": P(batch, context), "rel_pos_bias": P(heads), "kv_bias": P(batch, heads, context)}
         specs |= dict.fromkeys(("additional_keys", "additional_values"), P(batch, None, heads))
         if "log_decay" in arrays:
             specs["log_decay"] = gate[arrays["log_decay"].ndim]
         if "block_mask" in arrays:
             specs["block_mask"] = _split_lists(arrays["block_mask"], batch, heads)
+        if "rows" in arrays:
+            specs["rows"] = _split_rows(arrays["rows"], batch, heads, context)
+            if AxisType.Explicit in mesh.axis_types:
+                placed = jax.tree.map(functools.partial(_on_explicit_axes, mesh), specs["rows"])
+                arrays["rows"] = jax.sharding.reshard(arrays["rows"], placed)
 
         def body(query: Array, key: Array, value: Array, arrays: dict[str, Any]) -> Any:
             options = static
@@ -137,7 +150,7 @@ def shard_attention(
                 options = {**options, "score_mod": _from_origin(options["score_mod"])}
             if context is None:
                 return op(query, key, value, **arrays, **options)
-            return table[op](query, key, value, axis=context, **arrays, **options)
+            return table[on_mesh](query, key, value, axis=context, **arrays, **options)
 
         in_specs = (token, token, token, {name: specs[name] for name in arrays})
         out_specs = (token, state) if isinstance(whole, tuple) else token
@@ -212,6 +225,25 @@ def _split_lists(block_mask: BlockMask, batch: Axes, heads: Axes) -> Any:
     return specs if block_mask.bank is None else dataclasses.replace(specs, bank=P())
 
 
+def _split_rows(rows: Rows, batch: Axes, heads: Axes, context: Axes) -> Any:
+    """The same, and rows as the queries in them."""
+    each, lists = rows.lists.idx.shape[:2]
+    spec = P(batch if each > 1 else None, heads if lists > 1 else None, context)
+    specs = jax.tree.map(lambda _: spec, rows)
+    return specs if rows.bank is None else specs._replace(bank=P())
+
+
+def _on_explicit_axes(mesh: Mesh | AbstractMesh, spec: P) -> NamedSharding:
+    """How an array has to lie already before it is split by `spec`: the compiler sees to the other axes."""
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    return NamedSharding(mesh, P(*[tuple(name for name in _names(axes) if name in explicit) or None for axes in spec]))
+
+
+def _is_beyond_the_ring(mask: masks.Mask | None, query: Array, key: Array) -> bool:
+    """Whether softmax attention is under a mask that is neither full nor causal from one piece to the next."""
+    return mask not in (None, masks.Full()) and (mask != masks.Causal() or query.shape[1] != key.shape[1])
+
+
 def _first(axes: Axes, count: int) -> Array:
     """Where this device's `count` batch rows or heads begin."""
     return jax.lax.axis_index(_names(axes)) * count if _names(axes) else jnp.int32(0)
@@ -244,11 +276,7 @@ def _ring(
     After r passes device i holds the keys of device i - r. Causally, pass 0 is the diagonal, and a later pass counts
     where i >= r: those keys are all earlier. Sinks take part in pass 0.
     """
-    if mask is not None and mask not in (masks.Full(), masks.Causal()):
-        raise NotImplementedError(f"context: the ring does full and causal attention, not mask={mask}")
     causal = is_causal or mask == masks.Causal()
-    if causal and query.shape[1] != key.shape[1]:
-        raise NotImplementedError("context: the ring does causal attention for as many queries as keys")
     devices = jax.lax.axis_size(axis)
     index = jax.lax.axis_index(axis)
     forward = [(i, (i + 1) % devices) for i in range(devices)]

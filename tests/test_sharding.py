@@ -214,8 +214,6 @@ ZEROS = np.zeros((B, T, K, H), np.float32)
         (dot_product_attention, "^bias: arrays", NotImplementedError, {"bias": np.zeros((1, 1, T, T), np.float32)}),
         (dot_product_attention, "^mask: arrays", NotImplementedError, {"mask": np.ones((1, 1, T, T), bool)}),
         (linear_attention, "^initial_state: with context", NotImplementedError, {"initial_state": (ZEROS[:, 0], None)}),
-        (dot_product_attention, "not mask=", NotImplementedError, {"mask": masks.SlidingWindow(3)}),
-        (dot_product_attention, "^context: .* as many", NotImplementedError, {"mask": masks.Causal(), "length": 2 * T}),
         (dot_product_attention, "^is_causal: .* two readings", ValueError, {"is_causal": True, "length": 2 * T}),
         (dot_product_attention, "^segment_ids: .* pair", NotImplementedError, {"segment_ids": (SEGMENTS, SEGMENTS)}),
         (sliding_window_attention, "^context: the halo", NotImplementedError, {"window": 3, "offset": 2}),

@@ -36,7 +36,8 @@ class ImageDataConfig:
 
     source: str = "digits"
     """"digits" (1,797 scanned digits) and "photos" (pieces of two photographs) come with scikit-learn; or a folder
-    with a folder of images for each class, or an .npz file with `images` and `labels`."""
+    with a folder of images for each class, which stays on disk if its images take more than 4 GiB, or an .npz file
+    with `images` and `labels`."""
     size: tuple[int, int] = (8, 8)
     """Height and width; images of another size are cut to this shape at the middle, and resized."""
     augment: AugmentConfig = AugmentConfig()

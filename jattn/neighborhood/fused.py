@@ -2,6 +2,7 @@
 
 On TPU small windows are attended in one pass (`one_pass`), and a relative position bias only so.
 What else there is goes to the block-sparse kernels, with tiles of a permuted grid as blocks, neighborhoods as windows.
+There a bias is one by the distance of coordinates, on GPU.
 
 After `token_permute` a tile of the grid is a block of consecutive tokens, the plan of `jattn.neighborhood.tiles` lists
 which blocks meet, and a key is seen where its coordinates lie in the query's window. Group g of batch row b is the row
@@ -26,9 +27,10 @@ from jattn.neighborhood.permute import token_permute, token_unpermute
 from jattn.neighborhood.tiles import TilePlan, tile_plan
 from jattn.neighborhood.window import Neighborhood
 from jattn.softmax_tile import Score
-from pallas_kernels.block_sparse import BlockLists, Windows, WorkList, block_sparse_attention, tiling
+from pallas_kernels.block_sparse import BlockLists, Relative, Windows, WorkList, block_sparse_attention, tiling
 from pallas_kernels.block_sparse import attention as kernel
 from pallas_kernels.block_sparse import lists as kernel_lists
+from pallas_kernels.block_sparse.relative import check_size
 
 TPU_PLACES, GPU_PLACES = (128, 256, 512, 1024), (64, 128)
 """Tokens of tiles that are tried."""
@@ -69,6 +71,7 @@ def general(
         token_permute(x.value, **options),
         *(_lists(platform, plan, transposed) for transposed in (False, True)),
         windows=Windows(plan.lo, plan.hi, plan.key_coordinates),
+        rel_bias=None if x.rel_pos_bias is None else Relative(x.rel_pos_bias, plan.query_coordinates),
         kv_bias=kv_bias,
         scale=score.scale,
         block_q=plan.q_places,
@@ -83,7 +86,7 @@ def check_fused_neighborhood(
     platform: kernel.Platform, x: Operands, *, neighborhood: Neighborhood, score: Score, q_tile: Any, kv_tile: Any
 ) -> None:
     """Raises `NotImplementedError` with the reason where the kernels do not do a call."""
-    if x.rel_pos_bias is not None:
+    if x.rel_pos_bias is not None and platform not in kernel.GPU:
         try:
             one_pass.plan(platform, x, neighborhood, score.scale, q_tile, kv_tile)
         except NotImplementedError as reason:
@@ -93,6 +96,12 @@ def check_fused_neighborhood(
     for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):
         if tile is not None and math.prod(tile) % least:
             raise NotImplementedError(f"{name}: the kernel has tiles of a multiple of {least} tokens, not {tile}")
+    if x.rel_pos_bias is not None:
+        plan = _plan(platform, x, neighborhood, q_tile, kv_tile)
+        try:
+            check_size(x.rel_pos_bias.shape, (plan.q_tile, plan.kv_tile))
+        except NotImplementedError as reason:
+            raise NotImplementedError(f"rel_pos_bias: {reason}") from None
     flat = (a.reshape(a.shape[0], -1, *a.shape[-2:]) for a in (x.query, x.key, x.value))
     functions: Any = {"element": None, "score_mod": None, "captured": ()}
     kernel.check(*flat, **functions, block_q=least, block_kv=least, platform=platform)

@@ -116,10 +116,14 @@ class TilePlan:
         return self._bounds(1)
 
     @functools.cached_property
+    def query_coordinates(self) -> Int32[np.ndarray, "nd RqPq"]:
+        """The coordinates i of every query, alike in all groups."""
+        return _coordinates(self.q_grid, self.q_tile)
+
+    @functools.cached_property
     def key_coordinates(self) -> Int32[np.ndarray, "nd RkPk"]:
         """The coordinates j of every key, alike in all groups; those of padding are beyond every window."""
-        tables = (np.arange(n * t, dtype=np.int32)[None] for n, t in zip(self.kv_grid, self.kv_tile, strict=True))
-        return _frozen(_planes(tables, self.kv_tile)[0])
+        return _coordinates(self.kv_grid, self.kv_tile)
 
     @functools.cached_property
     def kv_ranges(self) -> tuple[Ranges, ...]:
@@ -306,6 +310,12 @@ def _product(ranges: tuple[Ranges, ...], grid: tuple[int, ...]) -> Lists:
     shape = tuple(math.prod(kind.shape[part * rank : (part + 1) * rank]) for part in range(3))
     lists = make_lists(kind.reshape(shape), np.broadcast_to(idx, kind.shape).reshape(shape), None, shape[-1])
     return lists._replace(**{name: _frozen(getattr(lists, name)) for name in ("idx", "n_partial", "n_total")})
+
+
+def _coordinates(tiles: tuple[int, ...], tile: tuple[int, ...]) -> Int32[np.ndarray, "nd RP"]:
+    """Of the tokens of a group in permuted order."""
+    tables = (np.arange(n * t, dtype=np.int32)[None] for n, t in zip(tiles, tile, strict=True))
+    return _frozen(_planes(tables, tile)[0])
 
 
 def _planes(tables: Iterable[np.ndarray], tile: tuple[int, ...]) -> Int32[np.ndarray, "G nd RP"]:

@@ -2,6 +2,7 @@
 
 from pallas_kernels.block_sparse.attention import Platform, block_sparse_attention
 from pallas_kernels.block_sparse.lists import BlockLists, WorkList
+from pallas_kernels.block_sparse.relative import Relative
 from pallas_kernels.block_sparse.tiling import Blocks, Program, Tile, Tiling, choose, choose_blocks
 from pallas_kernels.block_sparse.windows import Windows
 
@@ -10,6 +11,7 @@ __all__ = [
     "Blocks",
     "Platform",
     "Program",
+    "Relative",
     "Tile",
     "Tiling",
     "Windows",

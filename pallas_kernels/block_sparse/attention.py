@@ -5,7 +5,7 @@
 
 over the keys s that query t may attend to: their pair of blocks is listed, and in a partial block (kind 1) the element
 rule holds, segments are equal and the key is in the query's window. A query that may attend to nothing gives 0 and
--inf (with a sink: 0 and the sink).
+-inf (with a sink: 0 and the sink). A relative bias of `relative` is added to y too.
 
     out, lse = block_sparse_attention(q, k, v, by_row, by_col, element=mask.elem, scale=0.1, block_q=512, block_kv=1024)
 
@@ -23,28 +23,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse import (
-    addends,
     backward_gpu,
     backward_tpu,
+    distances,
     forward_gpu,
     forward_tpu,
     gpu,
     intervals,
     lists,
+    relative,
+    relative_gpu,
     scores,
     tiling,
 )
 from pallas_kernels.block_sparse.intervals import Intervals
+from pallas_kernels.block_sparse.limits import check, form, scalar_dtype
 from pallas_kernels.block_sparse.marks import LEAST_SCALE, choose_marks, marked_keys
+from pallas_kernels.block_sparse.relative import Alike, Codes, Relative
 from pallas_kernels.block_sparse.tiling import LANES, Blocks, Tiling
 from pallas_kernels.block_sparse.walk import Problem
 from pallas_kernels.block_sparse.windows import Windows, check_windows, whole_windows
 from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
-
-CAPTURED_BUDGET = 128 * 2**10
-SUBLANES = 8
-# Positions of queries and of keys in the smallest tile, and a head: what functions are asked with to learn about them.
-_INTEGERS = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((SUBLANES, 1), (1, LANES), ()))
 
 
 class Operands(NamedTuple):
@@ -65,15 +64,19 @@ class Operands(NamedTuple):
     kv_segments: Array | None
     windows: Windows | None
     intervals: Intervals | None
+    numbers: Array | None
+    table: Array | None
+    codes: Codes | None
+    alike: Alike | None
     by_row: Any
     by_col: Any
 
     def named(self) -> dict[str, Array | None]:
         """What both walks read."""
-        names = ("query", "key", "value", "kv_bias", "sinks", "seed", "q_segments", "kv_segments")
+        names = ("query", "key", "value", "kv_bias", "sinks", "seed", "q_segments", "kv_segments", "table")
         captured = {f"captured{i}": x for i, x in enumerate(self.captured)}
-        masks = dict.fromkeys((*Windows._fields, *Intervals._fields))
-        for found in (self.windows, self.intervals):
+        masks = dict.fromkeys((*Windows._fields, *Intervals._fields, *Codes._fields))
+        for found in (self.windows, self.intervals, self.codes):
             masks |= {} if found is None else found._asdict()
         return {**{name: getattr(self, name) for name in names}, **masks, **captured}
 
@@ -92,6 +95,7 @@ def block_sparse_attention(
     q_segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
     windows: Windows | None = None,
+    rel_bias: Relative | None = None,
     sinks: Float[Array, " N"] | None = None,
     kv_bias: Float[Array, "B K S"] | None = None,
     scale: float,
@@ -114,9 +118,12 @@ def block_sparse_attention(
       interval: the same rule as `interval(q_pos) -> (low, high)` on NumPy integers, where the keys that each query
         sees are those from low to high - 1, or `None` where they are not. On TPU it takes less time.
       score_mod: f above, `score_mod(y, b, h, q_pos, kv_pos, *captured)`, on a tile of float32.
-      captured: arrays that it reads by scalar indices, such as `slopes[h]`. They have gradients.
+      captured: arrays that it reads by scalar indices, such as `slopes[h]`; on TPU by any, where all that it does is to
+        add a number for every distance, such as `table[h, kv_pos - q_pos + c]`. They have gradients.
       q_segment_ids, kv_segment_ids: only equal ids attend to each other. A full block promises that they are equal.
       windows: `windows.Windows` of G groups: batch row b has those of b mod G, and may have lists of its group.
+      rel_bias: on GPU, a `relative.Relative` on the axes of `windows`, added to scaled scores; its table has a
+        gradient. Lists and places are of NumPy then, lists those of all heads, and blocks are boxes of a grid.
       sinks: one logit for each query head that takes part in the softmax and has no value.
       dropout_rate, dropout_seed: probabilities are multiplied by `dropout.factors`, after lse was taken of all of them.
       block_q, block_kv: of the lists; multiples of 128, on GPU of 16.
@@ -130,15 +137,22 @@ def block_sparse_attention(
     blocks = (block_q, block_kv)
     functions: Any = {"element": element, "score_mod": score_mod, "captured": captured}
     check(query, key, value, block_q=block_q, block_kv=block_kv, platform=platform, **functions)
-    reads, adds = _read(score_mod, captured)
+    reads, adds, by_distance = form(score_mod, captured, lengths=(query.shape[1], key.shape[1]), platform=platform)
     (batch, q_len, heads, width), (kv_len, kv_heads, value_width) = query.shape, value.shape[1:]
     sizes = (q_len, kv_len, width, value_width, query.dtype)
     choose: Any = tiling.choose_blocks if platform in GPU else tiling.choose
-    cut = cut or choose(*sizes, block_q=block_q, block_kv=block_kv)
+    if cut is None:
+        cut = choose(*sizes, block_q=block_q, block_kv=block_kv)
+        if rel_bias is not None and isinstance(cut, Blocks):
+            cut = relative.fitted(cut, max(width, value_width), query.dtype)
     if (cut.block_q, cut.block_kv) != blocks:
         raise ValueError(f"cut: expected blocks of {block_q} x {block_kv}, got {cut.block_q} x {cut.block_kv}")
     if windows is not None:
         check_windows(windows, batch=batch, q_len=q_len, kv_len=kv_len)
+    if rel_bias is not None:
+        if platform not in GPU:
+            raise NotImplementedError("rel_bias: these kernels have it on GPU alone")
+        relative.check_relative(rel_bias, windows, heads=heads, q_len=q_len)
     groups = 1 if windows is None else windows.low.shape[0]
     for name, steps, which in (("by_row", by_row, 0), ("by_col", by_col, 1)):
         if steps is None:
@@ -175,20 +189,34 @@ def block_sparse_attention(
         kv_bias=None if kv_bias is None else kv_bias.astype(jnp.float32),
         sinks=None if sinks is None else sinks.astype(jnp.float32),
         seed=jax.lax.bitcast_convert_type(dropout_seed, jnp.int32)[None] if dropout_rate else None,  # type: ignore[arg-type]
-        captured=tuple(x.reshape(-1).astype(_scalar_dtype(x)) for x in captured),
+        captured=() if by_distance else tuple(x.reshape(-1).astype(scalar_dtype(x)) for x in captured),
         q_segments=None if q_segment_ids is None else q_segment_ids.astype(jnp.int32),
         kv_segments=None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
         windows=None if windows is None else whole_windows(windows),
         intervals=None,
+        numbers=None,
+        table=None if rel_bias is None else rel_bias.table.astype(jnp.float32).reshape(heads, -1),
+        codes=None,
+        alike=None,
         by_row=by_row,
         by_col=by_col,
     )
     if isinstance(cut, Blocks):
+        fixed |= {"list_rows": by_row.idx.shape[0], "layers": 0, "distances": ()}
+        if rel_bias is not None and windows is not None:
+            found, fixed["layers"] = relative.alike(rel_bias, windows.place, by_row, blocks=blocks)
+            operands = operands._replace(codes=relative.codes(rel_bias, windows.place), alike=found)
+            fixed["distances"] = rel_bias.table.shape[1:]
         interpret = platform == "interpret_gpu"
         p: Any = gpu.Problem(width=width, value_width=value_width, blocks=cut, interpret=interpret, **fixed)
         operands = operands._replace(by_row=lists.whole(by_row), by_col=None if by_col is None else lists.whole(by_col))
     else:
         marks = None
+        if score_mod is not None and by_distance:
+            padded = -(-q_len // block_q) * block_q, -(-kv_len // block_kv) * block_kv
+            numbers = distances.numbers(score_mod, captured, heads=heads, lengths=(q_len, kv_len), padded=padded)
+            operands = operands._replace(numbers=numbers)
+            score_mod, fixed["score_mod"], fixed["captured"] = None, None, ()
         penalties_last = score_mod is None and soft_cap is None and (scale > LEAST_SCALE or query.dtype == jnp.float32)
         if windows is not None and penalties_last:
             marks = choose_marks(windows.place, block_kv, width, may_widen=cut.split)
@@ -246,96 +274,6 @@ def _laid_out(p: Problem, x: Operands) -> Operands:
     )
 
 
-def check(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    element: Callable[..., Any] | None,
-    score_mod: Callable[..., Any] | None,
-    captured: Sequence[Array],
-    block_q: int,
-    block_kv: int,
-    platform: Platform = "tpu",
-) -> None:
-    """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
-    _check_arrays(query, key, value, captured, platform=platform, block_q=block_q, block_kv=block_kv)
-    _check_element(element)
-    _read(score_mod, captured)
-
-
-def _check_arrays(
-    query: Array,
-    key: Array,
-    value: Array,
-    captured: Sequence[Array],
-    *,
-    platform: Platform,
-    block_q: int,
-    block_kv: int,
-) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dtype not in (jnp.bfloat16, jnp.float32) or x.dtype != query.dtype:
-            raise NotImplementedError(f"{name}: the kernel multiplies bfloat16 or float32 alone, not {x.dtype}")
-        most = tiling.widest(x.dtype) if platform in GPU else 256
-        if x.shape[-1] > most:
-            raise NotImplementedError(
-                f"{name}: the kernel has heads of up to {most} channels, not {x.shape[-1]}"
-                + (f", in {x.dtype}, for more do not fit the registers" if platform in GPU else "")
-            )
-    least = tiling.LEAST if platform in GPU else LANES
-    if block_q % least or block_kv % least or block_q < 1 or block_kv < 1:
-        raise ValueError(f"block_q, block_kv: expected multiples of {least}, got {block_q} and {block_kv}")
-    size = sum(4 * x.size for x in captured)
-    if platform not in GPU and size > CAPTURED_BUDGET:
-        raise NotImplementedError(
-            f"captured: the kernel has {CAPTURED_BUDGET >> 10} KiB of scalar memory for such arrays, not {size} bytes"
-        )
-
-
-def _check_element(element: Callable[..., Any] | None) -> None:
-    if element is not None and jax.make_jaxpr(lambda *at: element(*at))(*_INTEGERS).consts:
-        raise NotImplementedError("element: the kernel holds no arrays of its surroundings, and this mask reads some")
-
-
-def _read(score_mod: Callable[..., Any] | None, captured: Sequence[Array]) -> tuple[int, bool]:
-    """How many numbers that have gradients the score function reads from captured arrays, and if all it does is add."""
-    if score_mod is None:
-        return 0, False
-    count = 0
-
-    def run(x: Array, b: Array, h: Array, q_pos: Array, kv_pos: Array, *arrays: Array) -> Array:
-        def read(i: int, flat: Any) -> Array:
-            nonlocal count
-            count += int(jnp.issubdtype(arrays[i].dtype, jnp.floating))
-            return arrays[i].reshape(-1)[flat]
-
-        return score_mod(x, b, h, q_pos, kv_pos, *scores.tables([x.shape for x in arrays], read))
-
-    tile, (q_pos, kv_pos, scalar) = (SUBLANES, LANES), _INTEGERS
-    arrays = (jax.ShapeDtypeStruct(x.shape, _scalar_dtype(x)) for x in captured)
-    try:
-        x = jax.ShapeDtypeStruct(tile, jnp.float32)
-        program, out = jax.make_jaxpr(run, return_shape=True)(x, scalar, scalar, q_pos, kv_pos, *arrays)
-    except TypeError as error:
-        raise NotImplementedError(scores.INDICES.format(error)) from error
-    if program.consts:
-        raise NotImplementedError(
-            "score_mod: the kernel holds no arrays of its surroundings, and this one reads some; pass them in captured"
-        )
-    if out.shape != tile or out.dtype != jnp.float32:
-        raise ValueError(f"score_mod: expected scores float32{list(tile)} back, got {out.dtype}{list(out.shape)}")
-    return count, addends.is_addend(program)
-
-
-def _scalar_dtype(x: Array) -> Any:
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.float32
-    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
-        return jnp.int32
-    raise NotImplementedError(f"captured: scalar memory has float32 and int32, not {x.dtype}")
-
-
 def _whole(width: int) -> int:
     return -(-width // LANES) * LANES
 
@@ -350,12 +288,15 @@ def _flat(x: Array, width: int, fill: int = 0) -> Array:
 def attend(p: Problem | gpu.Problem, operands: Operands) -> tuple[Float[Array, "B T *NV"], Float[Array, "B N T"]]:
     if isinstance(p, gpu.Problem):
         return forward_gpu.forward(p, operands.by_row, operands.named())
-    out, lse = forward_tpu.forward(p, operands.by_row, operands.named())
+    strips = {"strips": scores.strips(p, operands.numbers)}
+    out, lse = forward_tpu.forward(p, operands.by_row, operands.named() | strips)
     return out, lse[:, :, 0, : p.q_len]
 
 
 def attend_forward(p: Problem | gpu.Problem, operands: Any) -> Any:
-    wanted = tuple(() if x.perturbed else None for x in (operands.kv_bias, *operands.captured) if x is not None)
+    trained = {f"captured{i}": x for i, x in enumerate(operands.captured)}
+    trained |= {name: getattr(operands, name) for name in ("kv_bias", "numbers", "table")}
+    wanted = {name: () if x.perturbed else None for name, x in trained.items() if x is not None}
     operands = jax.tree.map(lambda x: x.value, operands)
     out, lse = attend(p, operands)
     return (out, lse), (operands, out, lse, wanted)
@@ -373,16 +314,19 @@ def attend_backward(p: Problem | gpu.Problem, residuals: Any, cotangents: tuple[
         padding = ((0, 0), (0, 0), (0, p.rows * p.tiling.block_q - p.q_len))
         rows["shift"] = jnp.pad(rows["shift"], padding, constant_values=jnp.inf)[:, :, None]
         rows["delta"] = jnp.pad(rows["delta"], padding)[:, :, None]
-    with_bias = operands.kv_bias is not None and wanted[0] is not None
-    of_captured = wanted[operands.kv_bias is not None :]
+    with_bias = wanted.get("kv_bias") is not None
     with_captured = tuple(
-        i for i, x in enumerate(operands.captured) if of_captured[i] is not None and x.dtype == jnp.float32
+        i for i, x in enumerate(operands.captured) if wanted[f"captured{i}"] is not None and x.dtype == jnp.float32
     )
     given = (operands.by_row, operands.by_col, operands.named() | rows)
     if isinstance(p, gpu.Problem):
         found = backward_gpu.backward(p, *given, with_bias=with_bias, with_captured=with_captured)
+        if operands.alike is not None and wanted["table"] is not None:
+            found["dtable"] = relative_gpu.backward(p, operands.alike, given[-1])
     else:
-        found = backward_tpu.backward(p, *given, with_bias=with_bias, with_captured=with_captured)
+        given[-1]["strips"] = scores.strips(p, operands.numbers)
+        of_all: Any = {"with_bias": with_bias, "with_captured": with_captured}
+        found = backward_tpu.backward(p, *given, **of_all, with_numbers=wanted.get("numbers") is not None)
     d_sinks = None
     if operands.sinks is not None:
         d_sinks = -jnp.sum(jnp.exp(operands.sinks[:, None] - shift) * delta, axis=(0, 2))
@@ -394,6 +338,8 @@ def attend_backward(p: Problem | gpu.Problem, residuals: Any, cotangents: tuple[
         "kv_bias": found.get("dkv_bias"),
         "sinks": d_sinks,
         "captured": tuple(found.get(f"dcaptured{i}") for i in range(len(operands.captured))),
+        "numbers": found.get("dnumbers"),
+        "table": found.get("dtable"),
     }
     return (Operands(**gradients),)
 

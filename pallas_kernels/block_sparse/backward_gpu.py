@@ -34,12 +34,12 @@ class Rows(NamedTuple):
     asked: gpu.Asked
 
 
-def _of_rows(p: Problem, r: Refs, rows: gpu.Tokens, *head: Any) -> Rows:
+def rows_of(p: Problem, r: Refs, rows: gpu.Tokens, *head: Any) -> Rows:
     shift, delta = gpu.load_row(r.shift, rows, *head, other=jnp.inf), gpu.load_row(r.delta, rows, *head)
     return Rows(shift, delta, gpu.asked(p, r, rows))
 
 
-def _weights(
+def weights_of(
     p: Problem,
     r: Refs,
     at: Place,
@@ -51,7 +51,7 @@ def _weights(
     trained: Sequence[int] = (),
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, Sequence[Any]]]]:
     """p times what dropout does, and what turns do v^T into dy and the gradients of `trained` numbers of the scores."""
-    x, capped, pull_back = gpu.logits(p, r, at, product, read, trained=trained)
+    x, capped, pull_back = gpu.logits(p, r, at, rows.asked, product, read, trained=trained)
     allowed = gpu.allowed(p, r, at, rows.asked, masked=masked)
     if allowed is not None:
         x = jnp.where(allowed, x, -jnp.inf)
@@ -77,7 +77,7 @@ def _queries_kernel(p: Problem, wanted: tuple[int, ...], r: Refs) -> None:
     b, n = (f(pl.program_id(1), jnp.int32(p.heads)) for f in (jax.lax.div, jax.lax.rem))
     rows = gpu.queries(p, tile * t.q, t.q)
     q, do = gpu.load(r.query, rows, p.width), gpu.load(r.out_gradient, rows, p.value_width)
-    of_rows = _of_rows(p, r, rows)
+    of_rows = rows_of(p, r, rows)
     read = gpu.reads(p, b, n, lambda i, flat: r[f"captured{i}"][flat])
     trained = [i for i, each in enumerate(read) if each.array in wanted]
 
@@ -86,7 +86,7 @@ def _queries_kernel(p: Problem, wanted: tuple[int, ...], r: Refs) -> None:
         at = Place(b, n, rows, gpu.keys(p, begin, t.kv))
         k, v = gpu.load(r.key, at.kv, p.width), gpu.load(r.value, at.kv, p.value_width)
         product = gpu.dot(p, q, k, (1, 1))
-        _, gradients = _weights(p, r, at, product, of_rows, read, masked=masked, trained=trained)
+        _, gradients = weights_of(p, r, at, product, of_rows, read, masked=masked, trained=trained)
         dy, of_read = gradients(gpu.dot(p, do, v, (1, 1)))
         totals = [total + more for total, more in zip(totals, of_read, strict=True)]
         return dq + gpu.dot(p, dy.astype(k.dtype), k), totals
@@ -116,7 +116,7 @@ def _keys_kernel(p: Problem, r: Refs) -> None:
             at = Place(b, n, gpu.queries(p, begin, t.q, upright=False), columns)
             q, do = gpu.load(r.query, at.q, p.width, g), gpu.load(r.out_gradient, at.q, p.value_width, g)
             product = gpu.dot(p, k, q, (1, 1))
-            weights, gradients = _weights(p, r, at, product, _of_rows(p, r, at.q, g), read, masked=masked)
+            weights, gradients = weights_of(p, r, at, product, rows_of(p, r, at.q, g), read, masked=masked)
             dv += gpu.dot(p, weights.astype(do.dtype), do)
             dy, _ = gradients(gpu.dot(p, v, do, (1, 1)))
             dk += gpu.dot(p, dy.astype(q.dtype), q)
@@ -164,11 +164,12 @@ def backward(
         functools.partial(_queries_kernel, p, with_captured),
         "block_sparse_attention_backward_queries",
         t,
-        tiles,
+        (tiles, p.batch * p.heads),
         by_row,
         operands,
         results,
         blocks,
+        listed=p.listed(by_row),
         products=2 * p.width + p.value_width,
     )
     results = {
@@ -183,13 +184,13 @@ def backward(
         functools.partial(_keys_kernel, p),
         "block_sparse_attention_backward_keys",
         t,
-        tiles,
+        (tiles, p.batch * p.kv_heads),
         by_col,
         operands,
         results,
         gpu.specs(p, by_key=True),
+        listed=p.listed(by_col),
         products=2 * p.width + 2 * p.value_width,
-        by_key=True,
     )
     if count:
         sums = iter(jnp.sum(found.pop("dread"), axis=2))

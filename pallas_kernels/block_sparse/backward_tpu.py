@@ -9,7 +9,8 @@ The gradients of keys and values are added up transposed: all matrices then lie 
 these are 256 wide the product takes half as long, for its 128 rows are the ones that move. They stay in on-chip memory
 for a whole sequence while one walk by rows makes all three gradients. Where they do not fit there are two walks: by
 rows for dq, and by columns for dk and dv of one block at a time. Sums over the query heads of a key head, over steps
-and over tiles are in float32 and in the order of the grid.
+and over tiles are in float32 and in the order of the grid. Where values have ones beside them, one product is
+do v^T - delta: that of [do | -delta] and [v | 1], with delta in as many channels as it takes to hold a float32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse import addends, scores, walk
+from pallas_kernels.block_sparse import addends, distances, scores, walk
 from pallas_kernels.block_sparse.intervals import Test
 from pallas_kernels.block_sparse.lists import col_of, kind_of, row_of
 from pallas_kernels.block_sparse.tiling import LANES
@@ -63,11 +64,11 @@ class Plan:
         return b, h * self.group + g, a
 
 
-def plans(p: Problem) -> list[Plan]:
-    """One walk if the gradients of keys and values of a head fit on the chip, else two."""
+def plans(p: Problem, strips: int = 0) -> list[Plan]:
+    """One walk if the gradients of keys and values of a head fit on the chip, beside `strips` bytes, else two."""
     widths = p.width + p.value_width
     taken = p.columns * p.tiling.block_kv * widths * (4 + 2 * jnp.dtype(p.dtype).itemsize)
-    if taken <= p.tiling.resident:
+    if taken + strips <= p.tiling.resident:
         return [Plan(False, True, True, p.columns, p.kv_heads, p.group)]
     # Lists of single query heads visit different columns at a time: their gradients are added up afterwards.
     alone = p.list_heads > p.kv_heads
@@ -100,6 +101,9 @@ def _kernel(p: Problem, plan: Plan, table: Any, r: Refs) -> None:
             if name.startswith("dcaptured"):
                 r[name][...] = jnp.zeros_like(r[name])
 
+    if r.strip_sums is not None:
+        pl.when(a == 0)(functools.partial(_begin_strip, r))
+
     step = Step(b, n, row * t.block_q, col * t.block_kv, kind)
     begin_row = functools.partial(_begin_row, p, step, r)
     if plan.by_col:
@@ -115,9 +119,20 @@ def _kernel(p: Problem, plan: Plan, table: Any, r: Refs) -> None:
         def _() -> None:
             r.dq[...] = (r.query_sums[...] * p.scale).astype(r.dq.dtype)
 
+    if r.strip_sums is not None:
+        pl.when(a == steps - 1)(functools.partial(_end_strip, r))
+
     if plan.keys:
         at_end = (g == plan.group - 1) & (last if plan.by_col else a == steps - 1)
         pl.when(at_end)(functools.partial(_end_columns, p, plan, r))
+
+
+def _begin_strip(r: Refs) -> None:
+    r.strip_sums[...] = jnp.zeros_like(r.strip_sums)
+
+
+def _end_strip(r: Refs) -> None:
+    r.dnumbers[...] = distances.total(r.strip_sums)
 
 
 def _begin_row(p: Problem, step: Step, r: Refs) -> None:
@@ -141,12 +156,32 @@ def _begin_row(p: Problem, step: Step, r: Refs) -> None:
         r.prepared[...] = scores.prepared(p, q)
     shift, lowered = r.shift[...], scores.lowered(p, r, step, t.backward.q)
     r.shift_columns[...] = walk.upright(shift if lowered is None else shift - lowered * scores.LOG2E)
-    r.delta_columns[...] = walk.upright(r.delta[...])
+    if r.lowered is None:
+        r.delta_columns[...] = walk.upright(r.delta[...])
+    else:
+        _lower(p, do, r)
     scores.begin_queries(p, r)
 
 
+def _is_lowered(p: Problem) -> bool:
+    """Whether do v^T - delta is one product."""
+    return p.sum_lane is not None and p.sum_lane + addends.pieces(p.dtype) <= p.ones_width
+
+
+def _lower(p: Problem, do: jax.Array, r: Refs) -> None:
+    """[do | -delta]."""
+    assert p.sum_lane is not None
+    r.lowered[:, : p.value_width] = do
+    first = p.sum_lane // LANES * LANES
+    at = slice(first, first + LANES)
+    found: Any = 0.0 if first == p.value_width else do[:, at].astype(jnp.float32)
+    for lane, part in enumerate(addends.parts(-r.delta[...], p.dtype), p.sum_lane - first):
+        found = jnp.where(walk.iota((1, LANES), 1) == lane, walk.upright(part), found)
+    r.lowered[:, at] = found.astype(p.dtype)
+
+
 class Begun(NamedTuple):
-    """What the products of a tile give: logits, tanh of the soft cap, the way back to y, the mask, and do v^T."""
+    """What the products of a tile give: logits, tanh of the soft cap, the way back to y, the mask, and dp."""
 
     u: jax.Array
     capped: jax.Array | None
@@ -180,13 +215,17 @@ def _visit(p: Problem, slot: Any, step: Step, r: Refs, test: Test) -> None:
         i, j = unit
         here = scores.place(step, rows[i], columns[j])
         q = query(i, queries) if r.prepared is None else queries[rows[i]]
-        y = scores.biased(p, r, scores.product(p, q, key(j, r.key)), here, columns[j])
+        y = scores.biased(p, r, scores.product(p, q, key(j, r.key)), here, rows[i], columns[j])
         x, pull_back = _modified(p, here, y, r)
         u, capped = scores.binary(p, x)
         allowed = scores.allowed(p, r, here, rows[i], columns[j], test)
         if allowed is not None:
             u = jnp.where(allowed, u, -jnp.inf)
-        dp = walk.dot(query(i, r.out_gradient), key(j, r.value), (1, 1))
+        v = key(j, r.value)
+        if r.lowered is None:
+            dp = walk.dot(query(i, r.out_gradient), v, (1, 1))
+        else:
+            dp = walk.dot(r.lowered[rows[i]], walk.with_ones(p, v), (1, 1))
         return Begun(u, capped, pull_back, allowed, dp)
 
     for (i, j), (u, capped, pull_back, allowed, dp) in walk.ahead(units, t.backward.lag, begin):
@@ -194,13 +233,17 @@ def _visit(p: Problem, slot: Any, step: Step, r: Refs, test: Test) -> None:
         kept = scores.kept(p, r, scores.place(step, rows[i], columns[j]))
         if kept is not None:
             dp = dp * kept
-        dy = weights * (dp - walk.wide(r.delta_columns[rows[i]], t.backward.kv))
+        if r.lowered is None:
+            dp = dp - walk.wide(r.delta_columns[rows[i]], t.backward.kv)
+        dy = weights * dp
         if capped is not None:
             dy = dy * (1 - capped * capped)
         if pull_back is not None:
             dy = pull_back(dy)
             if allowed is not None:  # elsewhere the caller's derivative may be anything
                 dy = jnp.where(allowed, dy, 0)
+        if r.strip_sums is not None:
+            distances.add(r.strip_sums, scores.origin(p, step), rows[i], columns[j], dy)
         dy = dy.astype(p.dtype)
         if r.key_sums is not None:
             weights = (weights if kept is None else weights * kept).astype(p.dtype)
@@ -301,23 +344,28 @@ def backward(
     *,
     with_bias: bool,
     with_captured: tuple[int, ...],
+    with_numbers: bool,
 ) -> dict[str, jax.Array]:
-    """Gradients: dq, dk, dv as the operands are; with_bias dkv_bias `[B, K, 1, S]`, and dcaptured of some, flat.
+    """Gradients: dq, dk, dv as the operands are; with_bias dkv_bias `[B, K, 1, S]`; dcaptured of some, flat; dnumbers.
 
     Args:
       operands: as `forward` takes them, and out_gradient, shift `[B, N, 1, T]` (L above) and delta, in whole blocks.
     """
     found: dict[str, jax.Array] = {}
-    for plan in plans(p):
+    strips = 0 if operands["strips"] is None else (1 + with_numbers) * 4 * LANES * p.lanes
+    for plan in plans(p, strips):
         table = by_col if plan.by_col else by_row
         if table is None:
             raise ValueError(f"by_col: expected a list, since the gradients of {p.kv_len} keys do not fit the chip")
-        found |= _walk(p, plan, table, operands, with_bias=with_bias, with_captured=with_captured)
+        wanted: Any = {"with_bias": with_bias, "with_captured": with_captured, "with_numbers": with_numbers}
+        found |= _walk(p, plan, table, operands, **wanted)
     for name in ("dk", "dv"):
         found[name] = _grouped(p, found[name][:, : p.kv_len], p.width if name == "dk" else p.value_width)
     if with_bias:
         bias = found["dkv_bias"].reshape(p.batch, p.kv_heads, -1, p.columns * p.tiling.block_kv)
         found["dkv_bias"] = jnp.sum(bias, axis=2, keepdims=True)[..., : p.kv_len]
+    if with_numbers:
+        found["dnumbers"] = jnp.sum(found["dnumbers"], axis=0)[:, 0, 1:]
     for i in with_captured:
         found[f"dcaptured{i}"] = jnp.sum(found[f"dcaptured{i}"], axis=(0, 1, 2))
     return found
@@ -339,16 +387,28 @@ def _walk(
     *,
     with_bias: bool,
     with_captured: tuple[int, ...],
+    with_numbers: bool,
 ) -> dict[str, jax.Array]:
     t, f32 = p.tiling, jnp.float32
     blocks = walk.specs(p, plan.where, p.col_steps if plan.by_col else p.steps)
     blocks |= {"out_gradient": blocks["out"], "shift": blocks["lse"], "delta": blocks["lse"], "dq": blocks["query"]}
     results: dict[str, Any] = {}
-    scratch: dict[str, Any] = dict.fromkeys(("shift_columns", "delta_columns"), pltpu.VMEM((t.block_q, LANES), f32))
+    columns = pltpu.VMEM((t.block_q, LANES), f32)
+    scratch: dict[str, Any] = {"shift_columns": columns}
+    if _is_lowered(p):
+        scratch["lowered"] = pltpu.VMEM((t.block_q, p.ones_width), p.dtype)
+    else:
+        scratch["delta_columns"] = columns
     scratch |= scores.query_scratch(p, operands)
     if plan.queries:
         results["dq"] = ((p.batch, p.q_len, p.heads * p.width), p.dtype)
         scratch["query_sums"] = pltpu.VMEM((t.block_q, p.width), f32)
+        if with_numbers:
+            scratch["strip_sums"] = distances.scratch(p.lanes)
+            size = scratch["strip_sums"].shape[1]
+            results["dnumbers"] = (p.batch, p.heads, 1, size), f32
+            at_head = lambda *ids: (*plan.where(*ids[:4])[:2], 0, 0)  # noqa: E731
+            blocks["dnumbers"] = pl.BlockSpec((None, None, 1, size), at_head)
     if plan.keys if p.adds else plan.queries:
         for i in with_captured:
             size = math.prod(p.captured[i])

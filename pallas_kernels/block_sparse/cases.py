@@ -23,10 +23,12 @@ from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
 
 LENGTH, HEADS, WIDTH, WINDOW = 4096, 8, 128, 1024
+TESTS = "hot regions in the order of the code: full blocks, one end of intervals in each tile, both ends, segments too"
 
 
 def cases(target: str) -> dict[str, Case]:
-    """Causal; a window in packed sequences (mostly partial blocks); ALiBi with trained slopes; a soft cap; dropout.
+    """Causal; a window in packed sequences (mostly partial blocks); ALiBi with trained slopes; a trained table of
+    distances; a soft cap; dropout.
 
     The least that is moved: q, k, v -> o forward, q, k, v, o, do -> dq, dk, dv backward.
     """
@@ -38,6 +40,7 @@ def cases(target: str) -> dict[str, Case]:
     least = 12 * arrays[0].size * arrays[0].dtype.itemsize
     kind, shape = CHIPS[target].kind, (LENGTH, LENGTH, WIDTH, WIDTH, jnp.bfloat16)
     cut = choose(*shape, kind=kind)
+    packed = choose(*shape, block_kv=1024, kind=kind)  # as the op does
 
     def causal(query: Any, key: Any, value: Any, **options: Any) -> Any:
         return _attend(cut, _is_causal, CAUSAL, query, key, value, **options)
@@ -46,17 +49,21 @@ def cases(target: str) -> dict[str, Case]:
         def classify(near: Any, far: Any) -> Any:
             return (far >= 0) & (near <= WINDOW), np.zeros_like(near, bool)
 
-        return _attend(cut, classify, WINDOWS, query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
+        return _attend(packed, classify, WINDOWS, query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
 
     def alibi(query: Any, key: Any, value: Any, slopes: Any) -> Any:
         return causal(query, key, value, score_mod=_alibi, captured=(slopes,))
 
-    # Smaller blocks, since code for every pair takes long to compile.
+    def relative(query: Any, key: Any, value: Any, table: Any) -> Any:
+        return small(query, key, value, score_mod=_relative, captured=(table,))
+
+    # Smaller blocks, which take less long to compile.
     small = functools.partial(_attend, choose(*shape, block_q=512, block_kv=512, kind=kind), _is_causal, CAUSAL)
     return {
         "causal": Case(_gradient(causal), arrays, least),
-        "window-segments": Case(_gradient(window), (*arrays, ids), least),
+        "window-segments": Case(_gradient(window), (*arrays, ids), least, TESTS),
         "alibi": Case(_gradient(alibi), (*arrays, slopes), least),
+        "relative": Case(_gradient(relative), (*arrays, jax.ShapeDtypeStruct((HEADS, LENGTH), jnp.float32)), least),
         "soft-cap": Case(_gradient(functools.partial(causal, soft_cap=50.0)), arrays, least),
         "dropout": Case(_gradient(_dropout(small)), (*arrays, jax.ShapeDtypeStruct((), jnp.uint32)), least),
     }
@@ -172,3 +179,7 @@ WINDOWS = Rule(_window, lambda q_pos: (q_pos - WINDOW, q_pos + 1))
 
 def _alibi(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any, slopes: Any) -> Any:
     return score + slopes[h] * (kv_pos - q_pos)
+
+
+def _relative(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any, table: Any) -> Any:
+    return score + table[h, jnp.clip(q_pos - kv_pos, 0, table.shape[1] - 1)]

@@ -39,7 +39,7 @@ def _kernel(p: Problem, r: Refs) -> None:
         m, l, acc = sums
         at = Place(b, n, rows, gpu.keys(p, begin, t.kv))
         k, v = gpu.load(r.key, at.kv, p.width), gpu.load(r.value, at.kv, p.value_width)
-        x, _, _ = gpu.logits(p, r, at, gpu.dot(p, q, k, (1, 1)), read)
+        x, _, _ = gpu.logits(p, r, at, of_queries, gpu.dot(p, q, k, (1, 1)), read)
         allowed = gpu.allowed(p, r, at, of_queries, masked=masked)
         if allowed is not None:
             x = jnp.where(allowed, x, -jnp.inf)
@@ -68,14 +68,14 @@ def forward(p: Problem, by_row: Any, operands: Mapping[str, jax.Array | None]) -
     Args:
       by_row: `lists.BlockLists`.
       operands: query, key, value as the op has them, kv_bias `[B, K, S]`, q_segments `[B, T]`, kv_segments `[B, S]`,
-        sinks `[N]` and the captured arrays, flat.
+        sinks `[N]`, the captured arrays, flat, and those of `Windows` and `Codes`.
     """
     found = gpu.call(
         p,
         functools.partial(_kernel, p),
         "block_sparse_attention_forward",
         p.blocks.forward,
-        p.rows * (p.blocks.block_q // p.blocks.forward.q),
+        (p.rows * (p.blocks.block_q // p.blocks.forward.q), p.batch * p.heads),
         by_row,
         operands,
         {
@@ -83,6 +83,7 @@ def forward(p: Problem, by_row: Any, operands: Mapping[str, jax.Array | None]) -
             "lse": ((p.batch, p.heads, p.q_len), jnp.float32),
         },
         gpu.specs(p, by_key=False),
+        listed=p.listed(by_row),
         products=p.width + p.value_width,
     )
     return found["out"], found["lse"]

@@ -95,7 +95,7 @@ def _visit(p: Problem, step: Step, r: Refs, test: Test) -> None:
     def begin(unit: tuple[int, int]) -> jax.Array:
         i, j = unit
         here = scores.place(step, rows[i], columns[j])
-        x = scores.biased(p, r, scores.product(p, queries[rows[i]], r.key[columns[j]]), here, columns[j])
+        x = scores.biased(p, r, scores.product(p, queries[rows[i]], r.key[columns[j]]), here, rows[i], columns[j])
         x, _ = scores.binary(p, scores.modified(p, r, here, x, scores.reader(r)))
         allowed = scores.allowed(p, r, here, rows[i], columns[j], test)
         return x if allowed is None else jnp.where(allowed, x, -jnp.inf)
@@ -112,11 +112,9 @@ def _visit(p: Problem, step: Step, r: Refs, test: Test) -> None:
         if p.sum_lane is None:
             l = r.l[rows[i]] if kept is None else kept * r.l[rows[i]]
             r.l[rows[i]] = l + sum(weights[:, at] for at in walk.parts(t.forward.kv, LANES))
-        elif p.sum_lane == p.value_width:
-            v = jnp.concatenate([v, jnp.ones((t.forward.kv, LANES), v.dtype)], axis=1)
         dropped = scores.kept(p, r, scores.place(step, rows[i], columns[j]))
         weights = weights if dropped is None else weights * dropped
-        moved = walk.dot(weights.astype(v.dtype), v)
+        moved = walk.dot(weights.astype(v.dtype), walk.with_ones(p, v))
         acc = r.acc[rows[i]] if kept is None else walk.wide(kept, moved.shape[1]) * r.acc[rows[i]]
         r.acc[rows[i]] = acc + moved
     for at, largest in zip(rows, m or [], strict=False):
@@ -137,8 +135,7 @@ def forward(p: Problem, table: jax.Array, operands: Mapping[str, jax.Array | Non
         scratch["m"] = pltpu.VMEM((t.block_q, LANES), f32)
     if p.sum_lane is None:
         scratch["l"] = pltpu.VMEM((t.block_q, LANES), f32)
-    extra = LANES if p.sum_lane == p.value_width else 0
-    scratch["acc"] = pltpu.VMEM((t.block_q, p.value_width + extra), f32)
+    scratch["acc"] = pltpu.VMEM((t.block_q, p.ones_width), f32)
     scratch |= scores.query_scratch(p, operands)
     out, lse = walk.call(
         p,

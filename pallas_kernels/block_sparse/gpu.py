@@ -36,6 +36,8 @@ class Problem:
       group: query heads of a key head.
       captured: shapes of the arrays that the score function reads.
       axes: of the coordinates that windows are of, 0 without; `groups` batch rows in turn have windows of their own.
+      distances: sizes of a head's table of `relative`, () without; `layers` are those of its gradient, for lists of
+        `list_rows` batch rows in turn.
     """
 
     batch: int
@@ -54,6 +56,9 @@ class Problem:
     dtype: Any
     axes: int
     groups: int
+    distances: tuple[int, ...]
+    layers: int
+    list_rows: int
     blocks: Blocks
     interpret: bool
 
@@ -80,6 +85,10 @@ class Problem:
     @property
     def ragged_kv(self) -> bool:
         return self.kv_len % self.blocks.block_kv > 0
+
+    def listed(self, lists: Any) -> int:
+        """Pairs of blocks that `BlockLists` have room for."""
+        return self.batch * self.heads * math.prod(lists.idx.shape[2:])
 
 
 class Tokens(NamedTuple):
@@ -119,7 +128,7 @@ def load(ref: Any, tokens: Tokens, width: int, *head: Any) -> jax.Array:
     """The tokens' `[size, channels]`, channels a power of two; 0 beyond the last token and channel."""
     wide = max(LEAST, pl.next_power_of_2(width))
     at, mask = _matrix(tokens, width, wide, head)
-    return ref[at] if mask is None else plgpu.load(ref.at[at], mask=mask, other=0)
+    return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0)
 
 
 def store(ref: Any, tokens: Tokens, width: int, x: jax.Array, *head: Any) -> None:
@@ -137,9 +146,8 @@ def _matrix(tokens: Tokens, width: int, wide: int, head: tuple[Any, ...]) -> tup
 
 def load_row(ref: Any, tokens: Tokens, *head: Any, other: float = 0) -> jax.Array:
     """One number for each token, laid as the tokens are."""
-    at = *head, pl.ds(tokens.start, tokens.size)
-    x = ref[at] if tokens.inside is None else plgpu.load(ref.at[at], mask=tokens.inside, other=other)
-    return tokens.laid(x)
+    at, mask = (*head, pl.ds(tokens.start, tokens.size)), tokens.inside
+    return tokens.laid(plgpu.load(ref.at[at], mask=mask, other=None if mask is None else other))
 
 
 def store_row(ref: Any, tokens: Tokens, x: jax.Array, *head: Any) -> None:
@@ -210,16 +218,18 @@ class Place(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What masks ask of a tile of queries: their segments, and on each axis where their windows begin and end."""
+    """What is asked of queries: segments, codes of `relative`, and on each axis where windows begin and end."""
 
     ids: jax.Array | None
+    code: jax.Array | None
     low: Sequence[jax.Array]
     high: Sequence[jax.Array]
 
 
 def asked(p: Problem, r: Refs, rows: Tokens) -> Asked:
-    ids = None if r.q_segments is None else load_row(r.q_segments, rows)
-    return Asked(ids, *([load_row(ref, rows, jnp.int32(axis)) for axis in range(p.axes)] for ref in (r.low, r.high)))
+    ids, code = (None if ref is None else load_row(ref, rows) for ref in (r.q_segments, r.q_code))
+    bounds = ([load_row(ref, rows, jnp.int32(axis)) for axis in range(p.axes)] for ref in (r.low, r.high))
+    return Asked(ids, code, *bounds)
 
 
 def allowed(p: Problem, r: Refs, at: Place, of_queries: Asked, *, masked: bool) -> jax.Array | None:
@@ -246,7 +256,13 @@ def kept(p: Problem, r: Refs, at: Place) -> jax.Array | None:
 
 def has_score(p: Problem, r: Refs) -> bool:
     """Whether something stands between the scaled product and the soft cap."""
-    return p.score_mod is not None or r.kv_bias is not None
+    return p.score_mod is not None or r.kv_bias is not None or r.table is not None
+
+
+def entries(r: Refs, at: Place, code: jax.Array) -> jax.Array:
+    """Of a head's table for a tile; of pairs that are not in windows, any."""
+    index = jnp.clip(load_row(r.kv_code, at.kv) - code, 0, r.table.shape[1] - 1)
+    return plgpu.load(r.table.at[jnp.broadcast_to(at.n, index.shape), index])
 
 
 def unit(p: Problem, r: Refs) -> float:
@@ -294,7 +310,14 @@ class Logits(NamedTuple):
 
 
 def logits(
-    p: Problem, r: Refs, at: Place, product: jax.Array, read: Sequence[Read], *, trained: Sequence[int] | None = None
+    p: Problem,
+    r: Refs,
+    at: Place,
+    of_queries: Asked,
+    product: jax.Array,
+    read: Sequence[Read],
+    *,
+    trained: Sequence[int] | None = None,
 ) -> Logits:
     """Of the products of a tile's queries and keys.
 
@@ -306,6 +329,8 @@ def logits(
         x = x * p.scale
         if r.kv_bias is not None:
             x = x + load_row(r.kv_bias, at.kv)
+        if of_queries.code is not None:
+            x = x + entries(r, at, of_queries.code)
         values = [each.value for each in read]
 
         def score(y: jax.Array, *free: jax.Array) -> jax.Array:
@@ -361,6 +386,9 @@ def specs(p: Problem, *, by_key: bool) -> dict[str, pl.BlockSpec]:
         "kv_segments": spec((None, padded_kv), lambda b, h: (b, 0)),
         **dict.fromkeys(("low", "high"), windows),
         "place": whole(p.axes, padded_kv),
+        "table": whole(p.heads, math.prod(p.distances)),
+        "q_code": whole(padded_q),
+        "kv_code": whole(padded_kv),
         "shift": per_query,
         "delta": per_query,
         "out": query(p.value_wide),
@@ -380,21 +408,23 @@ def call(
     kernel: Callable[[Refs], None],
     name: str,
     program: Program,
-    tiles: int,
+    grid: tuple[int, int],
     lists: Any,
     operands: Mapping[str, jax.Array | None],
     results: Mapping[str, tuple[Sequence[int], Any]],
     blocks: Mapping[str, pl.BlockSpec],
     *,
+    listed: int,
     products: int,
-    by_key: bool = False,
+    begun: Mapping[str, str] | None = None,
 ) -> dict[str, jax.Array]:
-    """Runs a kernel, which gets its arrays by name, over a grid (tiles, batch and heads).
+    """Runs a kernel, which gets its arrays by name.
 
     Args:
       operands: those that are `None` are left out.
       results: shapes and dtypes.
-      products: multiplications of a pair of a query and a key.
+      listed: pairs of blocks; `products`: multiplications of a pair of a query and a key.
+      begun: operands that results begin as, and these.
     """
     given: dict[str, jax.Array] = lists._asdict()
     arranged = dict(blocks) | {
@@ -404,16 +434,16 @@ def call(
     axes = jax.typeof(given["query"]).manual_axis_type
     shapes = [jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=axes) for shape, dtype in results.values()]
     arrays: list[Any] = [*given.values(), *shapes]
-    listed = p.batch * p.heads * given["idx"].shape[2] * given["idx"].shape[3]
     pairs = listed * p.blocks.block_q * p.blocks.block_kv
     names = [*given, *results]
     found = pl.pallas_call(
         lambda *refs: kernel(Refs(zip(names, refs, strict=True))),
-        grid=(tiles, p.batch * (p.kv_heads if by_key else p.heads)),
+        grid=grid,
         in_specs=[arranged[name] for name in given],
         out_specs=[arranged[name] for name in results],
         out_shape=shapes,
         name=name,
+        input_output_aliases={names.index(x): list(results).index(y) for x, y in (begun or {}).items()},
         cost_estimate=pl.CostEstimate(
             flops=2 * products * pairs,
             bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),

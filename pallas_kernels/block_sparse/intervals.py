@@ -150,7 +150,7 @@ def allowed(
 
 
 def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, Refs, Test], None]) -> None:
-    """Visits a block that is not full: all of it where one side is open at most, else its strips that are not hidden.
+    """Visits a block that is not full: by strips where some are hidden or segments are out of order, else at once.
 
     Args:
       size: keys of a tile.
@@ -162,26 +162,31 @@ def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, R
     def hidden(start: Any) -> Any:
         return (start >= highest) | (start + t.strip <= lowest)
 
-    tiles = [step.kv_start + i for i in range(0, t.block_kv, size)]
-    strips = [step.kv_start + i for i in range(0, t.block_kv, t.strip)]
-    apart = jnp.bool_(False) if refs.in_order is None else refs.in_order[step.b] == 0
-    if p.sides > 1:
-        apart |= functools.reduce(operator.or_, ((i < low) & (i + size > high) for i in tiles))
+    def starts(size: int) -> list[Any]:
+        return [step.kv_start + i for i in range(0, t.block_kv, size)]
+
+    strips = starts(t.strip)
+    in_order = jnp.bool_(True) if refs.in_order is None else refs.in_order[step.b] != 0
+    apart, crossed = ~in_order, jnp.bool_(False)
     if len(strips) > 1:
         apart |= functools.reduce(operator.or_, map(hidden, strips))
+    if p.sides > 1:  # in some tile both of them
+        crossed = functools.reduce(operator.or_, ((i < low) & (i + size > high) for i in starts(size)))
     apart &= step.kind != EDGE
-    pl.when(~apart)(functools.partial(each, step, refs, Test.SIDE))
+    crossed &= ~apart & (step.kind != EDGE)
+    pl.when(~apart & ~crossed)(functools.partial(each, step, refs, Test.SIDE))
+    if p.sides > 1:
+        pl.when(crossed)(functools.partial(each, step, refs, Test.INTERVAL))
 
     def strip(i: Any, _: Any) -> None:
         at = pl.ds(pl.multiple_of(i * t.strip, t.strip), t.strip)
         here = step._replace(kv_start=step.kv_start + i * t.strip)
         of_keys = {name: refs[name].at[(*[slice(None)] * axis, at)] for name, axis in _AXES.items() if name in refs}
-        part = Refs(refs | of_keys)
-        seen, in_order = ~hidden(here.kv_start), jnp.bool_(True)
+        part, seen = Refs(refs | of_keys), ~hidden(here.kv_start)
         if refs.in_order is not None:
-            in_order = refs.in_order[step.b] != 0
             pl.when(seen & ~in_order)(functools.partial(each, here, part, Test.SEGMENTS))
-        pl.when(seen & in_order)(functools.partial(each, here, part, Test.INTERVAL if p.sides > 1 else Test.SIDE))
+        if len(strips) > 1:
+            pl.when(seen & in_order)(functools.partial(each, here, part, Test.INTERVAL if p.sides > 1 else Test.SIDE))
 
-    if p.sides > 1 or len(strips) > 1:
+    if refs.in_order is not None or len(strips) > 1:
         pl.when(apart)(lambda: jax.lax.fori_loop(0, len(strips), strip, None))

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse import addends, dropout, intervals, marks, walk
+from pallas_kernels.block_sparse import addends, distances, dropout, intervals, marks, walk
 from pallas_kernels.block_sparse.intervals import Test
 from pallas_kernels.block_sparse.lists import EDGE, FULL, PARTIAL
 from pallas_kernels.block_sparse.tiling import LANES
@@ -32,7 +32,7 @@ from pallas_kernels.block_sparse.walk import Problem, Refs, Step, iota
 LOG2E = math.log2(math.e)
 INDICES = (
     "captured: the kernel keeps captured arrays in scalar memory and reads them by one scalar index per axis, such as "
-    "slopes[head]; {} is none"
+    "slopes[head]; {} is none (on TPU, a table of distances may be read as table[head, kv_pos - q_pos + c])"
 )
 
 
@@ -115,16 +115,28 @@ def product(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
     return walk.dot(q, jnp.concatenate([k, k], axis=1) if p.split else k, (1, 1))
 
 
-def biased(p: Problem, refs: Refs, x: jax.Array, at: Place, columns: slice) -> jax.Array:
+def biased(p: Problem, refs: Refs, x: jax.Array, at: Place, rows: slice, columns: slice) -> jax.Array:
     """y times its factor, from what `product` gives: scaled, if that is to be done, and with what rows are added."""
     x = x if is_prepared(p) else x * (p.scale * _factor(p))
-    rows = []
+    if refs.strips is not None:
+        x = x + distances.tile(refs.strips, origin(p, at.step), rows, columns)
+    by_key = []
     if refs.kv_bias is not None:
         bias = refs.kv_bias[:, columns]
-        rows.append(jnp.where(at.kv_pos < p.kv_len, bias, 0) if p.ragged_kv else bias)
+        by_key.append(jnp.where(at.kv_pos < p.kv_len, bias, 0) if p.ragged_kv else bias)
     if p.adds:
-        rows.append(addends.row(addend(p, at.step, lambda: reader(refs)), at.q_pos, at.kv_pos))
-    return x + sum(rows) * _factor(p) if rows else x
+        by_key.append(addends.row(addend(p, at.step, lambda: reader(refs)), at.q_pos, at.kv_pos))
+    return x + sum(by_key) * _factor(p) if by_key else x
+
+
+def origin(p: Problem, step: Step) -> Any:
+    """Where the logits of a pair of blocks begin in a strip of `distances`."""
+    return step.kv_start - step.q_start + (p.rows * p.tiling.block_q - LANES)
+
+
+def strips(p: Problem, numbers: jax.Array | None) -> jax.Array | None:
+    """The numbers of distances as `biased` adds them."""
+    return None if numbers is None else distances.strips(numbers * _factor(p))
 
 
 def addend(p: Problem, step: Step, begin: Callable[[], Callable[[int, Any], Any]]) -> addends.Addend:

@@ -62,7 +62,7 @@ class _Chip:
 
 _V5 = _Chip(1024, 2048, Tile(512, 512, 1), Tile(512, 512, 1), wide=False, vmem=128 * 2**20, overhead=0.35)
 _V6 = _Chip(1024, 2048, Tile(256, 512, 2), Tile(256, 512, 1), wide=True, vmem=128 * 2**20, overhead=1.1)
-_V7 = dataclasses.replace(_V6, vmem=64 * 2**20)
+_V7 = dataclasses.replace(_V6, forward=Tile(256, 512, 1), vmem=64 * 2**20)
 
 
 def choose(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.block_sparse import distances
 from pallas_kernels.block_sparse.lists import col_of, row_of
 from pallas_kernels.block_sparse.marks import Marks
 from pallas_kernels.block_sparse.tiling import LANES, Tiling
@@ -32,7 +33,7 @@ class Problem:
     Attributes:
       group: query heads of a key head.
       width, value_width: of a head in whole tiles of lanes.
-      sum_lane: the column of [values | ones] from which there are ones, whose products are row sums; `None`: none.
+      sum_lane: the column of [values | ones] from which there are ones, for sums by products; `None`: none.
       steps: of a list; there are `list_rows` of them for batch rows, and for each of these `list_heads` for heads.
       sides: on which intervals of keys bound what queries see in a partial block, 0 where other rules are asked.
       axes: of the coordinates that windows are of, 0 without; `groups` batch rows in turn have windows of their own.
@@ -91,6 +92,16 @@ class Problem:
         return self.score_mod is not None and not self.adds
 
     @property
+    def lanes(self) -> int:
+        """Of the strips of `distances`."""
+        return distances.length(self.rows * self.tiling.block_q, self.columns * self.tiling.block_kv)
+
+    @property
+    def ones_width(self) -> int:
+        """Of values and the ones beside them."""
+        return self.value_width + (LANES if self.sum_lane == self.value_width else 0)
+
+    @property
     def ragged_q(self) -> bool:
         return self.q_len % self.tiling.block_q > 0
 
@@ -122,6 +133,12 @@ def dot(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array
     return jax.lax.dot_general(
         a, b, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def with_ones(p: Problem, values: jax.Array) -> jax.Array:
+    """[values | ones]; where values end inside of a tile of lanes, the ones are there already."""
+    extra = p.ones_width - p.value_width
+    return jnp.concatenate([values, jnp.ones((values.shape[0], extra), values.dtype)], axis=1) if extra else values
 
 
 def wide(x: jax.Array, width: int) -> jax.Array:
@@ -169,14 +186,14 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
     """Blocks of the kinds of arrays."""
     t = p.tiling
 
-    def block(sizes: tuple[int | None, ...], index: Indices) -> pl.BlockSpec:
+    def block(sizes: tuple[int | None, ...], index: Indices, **options: Any) -> pl.BlockSpec:
         def at(*places: Any) -> Any:
             *ids, table = places
             b, n, a = where(*ids)
             code = code_at(p, table, b, n, a, steps)
             return index(b, n, row_of(code), col_of(code))
 
-        return pl.BlockSpec(sizes, at)
+        return pl.BlockSpec(sizes, at, **options)
 
     def query(width: int) -> pl.BlockSpec:
         return block((None, t.block_q, width), lambda b, n, row, col: (b, row, n))
@@ -200,6 +217,8 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
         **dict.fromkeys(("low", "high"), block((None, p.axes, t.block_q), lambda b, n, row, col: (group(b), 0, row))),
         "ends": block((None, 2, t.block_q), lambda b, n, row, col: (group(b), 0, row)),
         "place": block((p.axes, t.block_kv), lambda b, n, row, col: (0, col)),
+        # Large, and another one for each head alone: it is not held twice.
+        "strips": block((None, LANES, p.lanes), lambda b, n, row, col: (n, 0, 0), pipeline_mode=pl.Buffered(1)),
         **dict.fromkeys(("sinks", "seed", "in_order"), scalars),
         **{f"captured{i}": scalars for i in range(len(p.captured))},
     }

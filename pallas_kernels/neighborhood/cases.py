@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse import BlockLists, Windows, WorkList, block_sparse_attention, choose, choose_blocks
+from pallas_kernels.block_sparse import BlockLists, Relative, Windows, WorkList, block_sparse_attention, choose
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
 from pallas_kernels.neighborhood.attention import one_pass_attention
@@ -23,6 +23,8 @@ from pallas_kernels.neighborhood.tables import Bounds
 
 def cases(target: str) -> dict[str, Case]:
     """An image of 64 x 64 with windows of 13 x 13, and a video of 30 x 48 x 80 with windows of 18 x 24 x 24.
+
+    On GPU also the first stage of NAT-Mini, and the video, with a trained bias of relative positions.
 
     On TPU also the image's lists alone: every query sees all of the keys that its tile visits, which costs no mask; and
     in one pass, with a bias, the windows of 7 x 7 in the first and the third stage of NAT-Mini, and those over tiles.
@@ -36,7 +38,10 @@ def cases(target: str) -> dict[str, Case]:
         "video": _case(target, *video, (2, 8, 8) if on_gpu else (4, 8, 16), heads=2, width=128),
     }
     if on_gpu:
-        return found
+        return found | {
+            "nat-1-bias": _case(target, (56, 56), (7, 7), (8, 8), heads=2, width=32, batch=8, biased=True),
+            "video-bias": _case(target, *video, (2, 8, 8), heads=2, width=128, biased=True),
+        }
     stages: Any = {"nat-1": (56, 2), "nat-3": (14, 8)}
     found |= {name: _one_pass(*stage, window=7, batch=8) for name, stage in stages.items()}
     tiles: Any = {"batch": 8, "width": 32}
@@ -57,26 +62,29 @@ def _case(
     width: int,
     batch: int = 1,
     masked: bool = True,
+    biased: bool = False,
 ) -> Case:
     tiles, size = tuple(-(-x // t) for x, t in zip(grid, tile, strict=True)), math.prod(tile)
     length = math.prod(tiles) * size
     windows, kinds = _tables(grid, window, tile, tiles)
     options: Any = {"block_q": size, "block_kv": size, "scale": width**-0.5, "windows": windows if masked else None}
     if target == "h100":
-        cut: Any = choose_blocks(length, length, width, width, jnp.bfloat16, block_q=size, block_kv=size)
         lists: Any = _block_lists(kinds), _block_lists(kinds.T)
-        options |= {"cut": cut, "platform": "gpu"}
+        options["platform"] = "gpu"
     else:
         kind = CHIPS[target].kind
-        cut = choose(length, length, width, width, jnp.bfloat16, block_q=size, block_kv=size, kind=kind)
+        cut: Any = choose(length, length, width, width, jnp.bfloat16, block_q=size, block_kv=size, kind=kind)
         lists = _work_list(kinds), WorkList(*(_work_list(kinds.T)[i] for i in (1, 0, 2)))
         options |= {"cut": cut, "platform": "tpu"}
 
-    def attention(query: Any, key: Any, value: Any) -> Any:
-        return block_sparse_attention(query, key, value, *lists, **options)[0]
+    def attention(query: Any, key: Any, value: Any, *tables: Any) -> Any:
+        bias = Relative(tables[0], windows.place) if tables else None
+        return block_sparse_attention(query, key, value, *lists, rel_bias=bias, **options)[0]
 
-    arrays = (jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16),) * 4
-    return Case(_gradient(attention), arrays, 12 * arrays[0].size * arrays[0].dtype.itemsize)
+    tokens = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((heads, *(2 * w - 1 for w in window)), jnp.float32)
+    arrays = tokens, tokens, tokens, *([table] if biased else []), tokens
+    return Case(_gradient(attention), arrays, 12 * tokens.size * tokens.dtype.itemsize)
 
 
 def _one_pass(extent: int, heads: int, *, window: int, batch: int, width: int = 32) -> Case:
@@ -137,8 +145,8 @@ def _block_lists(kinds: np.ndarray) -> BlockLists:
 
 
 def _gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def both(query: Any, key: Any, value: Any, d_out: Any) -> Any:
-        out, transpose = jax.vjp(attention, query, key, value)
-        return out, transpose(d_out)
+    def both(*arrays: Any) -> Any:
+        out, transpose = jax.vjp(attention, *arrays[:-1])
+        return out, transpose(arrays[-1])
 
     return both

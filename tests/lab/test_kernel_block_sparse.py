@@ -10,8 +10,19 @@ import pytest
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_family_compiles(target, lab):
     out = lab("compile", "--family", "block_sparse", "--targets", target)
-    for case in ("causal", "window-segments", "alibi", "soft-cap", "dropout"):
+    for case in ("causal", "window-segments", "alibi", "relative", "soft-cap", "dropout"):
         assert case in out
+
+
+def test_blocks_in_which_intervals_end_take_little_longer_than_full_ones(tmp_path, lab):
+    found = tmp_path / "figures.json"
+    lab("report", "--family", "block_sparse", "--targets", "v6e", "--only", "window-segments", "--json", found)
+    (row,) = json.loads(found.read_text())["rows"]
+    for kernel in row["kernels"]:
+        full, one_end, both_ends, ids = (step["step_bundles"] for step in kernel["hot_regions"])
+        assert full < one_end < both_ends < ids, row["note"]
+        assert one_end < 1.07 * full
+        assert both_ends < 1.15 * full
 
 
 # Two loops, of partial and of full blocks, with 2, 3 and 4 products each; an instruction adds up 16 channels or tokens.

@@ -40,9 +40,9 @@ def test_kernels_for_h100_use_its_matrix_units_and_spill_nothing(tmp_path, lab):
     found = tmp_path / "figures.json"
     lab("report", "--family", "neighborhood", "--targets", "h100", "--json", found)
     cases = {row["case"]: row["kernels"] for row in json.loads(found.read_text())["rows"]}
-    assert set(cases) == {"image", "video"}
-    for kernels in cases.values():
-        assert len(kernels) == 3
+    assert set(cases) == {"image", "video", "nat-1-bias", "video-bias"}
+    for name, kernels in cases.items():
+        assert len(kernels) == 3 + name.endswith("-bias")
         for kernel in kernels:
             assert kernel["mma_sync"] == kernel["spill_store_bytes"] == kernel["spill_load_bytes"] == 0, kernel
             assert kernel["wgmma"] > 0

@@ -94,9 +94,10 @@ IDS = tuple(jnp.asarray(np.stack([(SEGMENTS | OUT_OF_ORDER)[name][side] for name
     [
         (Causal(90) & SlidingWindow(200, 90), CUT, {}),
         (Causal(90) & SlidingWindow(20, 90), TWO_WALKS, {"sinks": (2,), "kv_bias": (4, 1, S)}),
+        (Causal(90) & SlidingWindow(20, 90), ONE_STRIP, {}),
         (Full(), ONE_STRIP, {}),
     ],
-    ids=["wide window", "narrow window, two walks", "segments alone"],
+    ids=["wide window", "narrow window, two walks", "narrow window, one strip", "segments alone"],
 )
 def test_segments(mask, cut, more):
     arguments, cotangents = operands(4, T, S, 2, 1, 16, 16, **more)
@@ -115,10 +116,15 @@ def test_segments(mask, cut, more):
         (SlidingWindow(20, 126), (T, S), CUT),
         (SlidingWindow(126, 60), (T, S), ONE_STRIP),
         (Chunked(101), (T, S), ONE_STRIP),
+        (Chunked(128), (T, S), ONE_STRIP),
+        (SlidingWindow(127), (T, S), ONE_STRIP),
+        (SlidingWindow(0), (T, S), ONE_STRIP),
+        (SlidingWindow(0), (T, S), CUT),
     ],
     ids=[
         *("a strip with one pair", "causal", "a strip with one pair, later keys", "a tile with one pair less"),
         *("a ragged end", "a tile with one pair less above", "a tile with one pair less below", "chunks"),
+        *("chunks as wide as tiles", "a window as wide as a tile", "of one key", "of one key, by strips"),
     ],
 )
 def test_masks(mask, lengths, cut):

@@ -120,8 +120,8 @@ def loads(turns, work):
 @pytest.mark.parametrize("devices", [1, 2, 3, 7, 16])
 def test_causal_work_is_even_and_even_work_stays(devices):
     causal = list(range(1, 2 * devices + 1))
-    assert loads(even_out(causal), causal) == [2 * devices + 1] * devices
-    assert all(turn.to == tuple(range(devices)) for turn in even_out([5] * 2 * devices))
+    assert loads(even_out(causal, 2), causal) == [2 * devices + 1] * devices
+    assert all(turn.to == tuple(range(devices)) for turn in even_out([5] * 2 * devices, 2))
 
 
 def test_no_work_makes_the_busiest_device_busier():
@@ -129,8 +129,8 @@ def test_no_work_makes_the_busiest_device_busier():
     for _ in range(300):
         work = rng.integers(0, 40, 2 * rng.integers(1, 9)).tolist()
         stay = [a + b for a, b in zip(work[::2], work[1::2], strict=True)]
-        assert max(loads(even_out(work), work)) <= max(stay)
-        assert sum(loads(even_out(work), work)) == sum(stay)
+        assert max(loads(even_out(work, 2), work)) <= max(stay)
+        assert sum(loads(even_out(work, 2), work)) == sum(stay)
 
 
 @pytest.mark.parametrize(
@@ -138,15 +138,15 @@ def test_no_work_makes_the_busiest_device_busier():
     [
         (
             {"context": "a"},
-            {"block_mask": Causal(), "logits_soft_cap": 3.0},
-            NotImplementedError,
-            "context: masked scores",
+            {"block_mask": BlockMask.from_expr(Causal(), T, T, 16, 8)},
+            ValueError,
+            r"^block_mask: .* divides T / 4 = 12, got block_q = 16; build it with block_q=6, or pass a symbolic mask",
         ),
         (
             {"context": "a"},
-            {"block_mask": BlockMask.from_expr(Causal(), T, T)},
+            {"block_mask": Causal(), "dropout_rate": 0.1, "dropout_seed": 3},
             NotImplementedError,
-            "under a symbolic mask, not under a BlockMask",
+            "^dropout_rate: with context, .* context=None",
         ),
         (
             {"heads": "a"},
@@ -155,7 +155,7 @@ def test_no_work_makes_the_busiest_device_busier():
             "index of its head",
         ),
     ],
-    ids=["soft-cap", "block-mask", "head"],
+    ids=["blocks", "dropout", "head"],
 )
 def test_what_is_not_split_is_refused(split, options, error, message):
     with pytest.raises(error, match=message):

@@ -3,7 +3,7 @@
 Epoch e permutes the images with a generator keyed by (seed, e); training row i is image i mod N of epoch i // N,
 changed by draws keyed by (seed, i). So any row is found without its predecessors.
 
-    x = (image - mean) / deviation of each channel, over all pixels of the training images
+    x = (image - mean) / deviation of each channel, over all pixels of the training images (on disk: of a sample)
     target = one-hot class, or l one-hot + (1 - l) one-hot of the other image where two are mixed
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,15 @@ import numpy as np
 from jaxtyping import Float32, Float64, Shaped
 
 from train.data.augment import Draws, augment, mix
+from train.data.image_folder import FolderImages
 from train.data.images import LabelledImages, read_images, split_by_class
 from train.data.packing import Batch, permutation
 from train.errors import UserError
 from train.image_config import AugmentConfig, ImageRunConfig
 from train.tasks import HELD_OUT
+
+BLOCK = 64
+"""Images that are made float64 at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +80,12 @@ class ImageWindows:
         return _row(self._normalisation(image), target)
 
     def _changed(self, which: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-        image = augment(as_float(self._found.images[which]), self._augmentation, draws)
-        return image, _one_hot(self._found, which)
+        image, which = self._found.readable(which)
+        return augment(as_float(image), self._augmentation, draws), _one_hot(self._found, which)
 
 
 class ImageSet(Sequence[Batch]):
-    """Rows to score, as of `ImageWindows`, each as it is."""
+    """Rows to score, as of `ImageWindows`, each as it is; that of a file which is no image has weight 0."""
 
     def __init__(self, found: LabelledImages, normalisation: Normalisation) -> None:
         self._found, self._normalisation = found, normalisation
@@ -95,8 +100,11 @@ class ImageSet(Sequence[Batch]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        image = self._normalisation(as_float(self._found.images[index]))
-        return _row(image, _one_hot(self._found, index))
+        image, target = self._found.images[index], _one_hot(self._found, index)
+        if image is None:
+            blank = _row(np.zeros(self._found.images.shape[1:], np.float32), target)
+            return {**blank, "weights": np.zeros((), np.float32)}
+        return _row(self._normalisation(as_float(image)), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +123,10 @@ class ImageData:
     @property
     def described(self) -> str:
         skipped = f", {len(self.training.skipped)} files skipped" if self.training.skipped else ""
+        on_disk = ", read from disk as they are wanted" if isinstance(self.training.images, FolderImages) else ""
         return (
             f"{len(self.training):,} images of {len(self.training.classes)} classes to train on, "
-            f"{len(self.held_out):,} held out{skipped}"
+            f"{len(self.held_out):,} held out{skipped}{on_disk}"
         )
 
 
@@ -146,11 +155,13 @@ def as_float(images: Shaped[np.ndarray, "*any"]) -> Float32[np.ndarray, "*any"]:
 
 
 def _normalisation(found: LabelledImages) -> Normalisation:
-    axes = (0, 1, 2)
-    size = 255.0 if found.images.dtype == np.uint8 else 1.0
-    deviation = found.images.std(axes, dtype=np.float64) / size
+    axes, images = (0, 1, 2), found.sample()
+    blocks = [images[first : first + BLOCK] for first in range(0, len(images), BLOCK)]
+    size, count = 255.0 if images.dtype == np.uint8 else 1.0, math.prod(images.shape[:3])
+    mean = np.sum([block.sum(axes, dtype=np.float64) for block in blocks], axis=0) / count
+    deviation = np.sqrt(np.sum([((block - mean) ** 2).sum(axes) for block in blocks], axis=0) / count) / size
     # A channel that is the same everywhere says nothing, and is not to be divided by 0.
-    return Normalisation(found.images.mean(axes, dtype=np.float64) / size, np.where(deviation > 0, deviation, 1.0))
+    return Normalisation(mean / size, np.where(deviation > 0, deviation, 1.0))
 
 
 def _one_hot(found: LabelledImages, which: int) -> Float32[np.ndarray, " classes"]:

@@ -2,33 +2,35 @@
 
 The held-out part is a function of the set of contents alone: order the distinct images of a class by their hash; fold f
 of a fraction h is those from place round(f h n) to round((f + 1) h n) of n. Hence neither names nor the order of files
-matter, and two copies of an image in one class are always on the same side.
+matter, and two copies of an image in one class are always on the same side. The hash is that of the pixels, or of
+images that stay on disk their marks (`train.data.image_folder`).
 
-Everything is held in memory, a byte for each channel of a pixel (four where the source has floats).
+A byte for each channel of a pixel is held in memory (four where the source has floats), and of a folder that is larger
+than `image_folder.IN_MEMORY` nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from train.data import image_folder
+from train.data.image_folder import FolderImages, load_pillow, mode_of
+from train.data.packing import permutation
 from train.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-SKIPPED_AT_MOST = 0.01
-"""Share of the files of a folder that may be no readable images."""
 BANDS = ("top", "middle", "bottom")
 """The regions of a photograph that are classes of "photos"."""
 PATCH = 32
+SAMPLE = 1024
+"""Images that stand for all of a folder that stays on disk, where their statistics are wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +38,15 @@ class LabelledImages:
     """All images of a source.
 
     Attributes:
-      images: uint8, or float32 in [0, 1].
+      images: uint8, or float32 in [0, 1]; or on disk, where an image may turn out to be `None`.
       labels: indices into `classes`.
-      skipped: files that are no readable images.
+      skipped: files that are no readable images; of images on disk, those found so far.
     """
 
-    images: Shaped[np.ndarray, "N H W C"]
+    images: Shaped[np.ndarray, "N H W C"] | FolderImages
     labels: Int64[np.ndarray, " N"]
     classes: tuple[str, ...]
-    skipped: tuple[str, ...] = ()
+    skipped: Collection[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,10 +55,30 @@ class LabelledImages:
         """Some of them."""
         return dataclasses.replace(self, images=self.images[which], labels=self.labels[which])
 
+    def readable(self, which: int) -> tuple[Shaped[np.ndarray, "H W C"], int]:
+        """An image and its place: `which`, or in place of an unreadable file the next one that is readable."""
+        image = self.images[which]
+        while image is None:  # not for ever: too many of them are an error
+            which = (which + 1) % len(self)
+            image = self.images[which]
+        return image, which
+
+    def sample(self) -> Shaped[np.ndarray, "n H W C"]:
+        """All images, or on disk the readable ones of `SAMPLE`, always the same."""
+        if isinstance(self.images, np.ndarray):
+            return self.images
+        chosen = permutation(len(self), 0)[:SAMPLE].tolist()
+        read = image_folder.in_threads(self.images.__getitem__, chosen)
+        images = image_folder.told(read, len(chosen), "images sampled for their mean and deviation")
+        return np.stack([image for image in images if image is not None])
+
     def digest(self) -> str:
         """Of contents and classes, in their order."""
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
-        digest.update(np.ascontiguousarray(self.images).view(np.uint8))
+        if isinstance(self.images, FolderImages):
+            digest.update(self.images.digest())
+        else:
+            digest.update(np.ascontiguousarray(self.images).view(np.uint8))
         digest.update("\0".join(self.classes).encode())
         return digest.hexdigest()
 
@@ -85,7 +107,7 @@ def read_images(source: str, size: tuple[int, int], channels: int) -> LabelledIm
             f"model.in_channels: the images of {source} have {found.images.shape[-1]} channels, got {channels}; add "
             f"--model.in-channels {found.images.shape[-1]}"
         )
-    if found.images.shape[1:3] == size:
+    if isinstance(found.images, FolderImages) or found.images.shape[1:3] == size:
         return found
     return dataclasses.replace(found, images=np.stack([_resized(image, size) for image in found.images]))
 
@@ -97,9 +119,12 @@ def split_by_class(found: LabelledImages, holdout: float, fold: int) -> tuple[La
       UserError: a class has too few distinct images.
     """
     held_out = np.zeros(len(found), bool)
-    contents = [hashlib.blake2b(np.ascontiguousarray(image).tobytes()).digest() for image in found.images]
+    if isinstance(found.images, FolderImages):
+        contents = list(found.images.marks)
+    else:
+        contents = [hashlib.blake2b(np.ascontiguousarray(image).tobytes()).digest() for image in found.images]
     for label, name in enumerate(found.classes):
-        own = np.flatnonzero(found.labels == label)
+        own = np.flatnonzero(found.labels == label).tolist()
         distinct = sorted({contents[index] for index in own})
         first, last = (round((fold + step) * holdout * len(distinct)) for step in (0, 1))
         chosen = set(distinct[first:last])
@@ -132,7 +157,7 @@ def _photos(channels: int) -> LabelledImages:
     names = [Path(name).stem for name in photos.filenames]
     images, labels = [], []
     for number, photo in enumerate(photos.images):
-        pixels = np.asarray(_as_mode(_pillow().fromarray(photo), channels)).reshape(*photo.shape[:2], -1)
+        pixels = np.asarray(load_pillow().fromarray(photo).convert(mode_of(channels))).reshape(*photo.shape[:2], -1)
         per_band = photo.shape[0] // PATCH // len(BANDS)
         for row in range(per_band * len(BANDS)):
             for column in range(photo.shape[1] // PATCH):
@@ -179,81 +204,31 @@ def _arrays(path: Path) -> LabelledImages:
 
 
 def _folder(root: Path, size: tuple[int, int], channels: int) -> LabelledImages:
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --data.source names digits, photos, a folder or an .npz")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(folders) < 2:
-        raise UserError(
-            f"{root}: expected a folder of images for each of at least two classes, found {len(folders)} folders"
-        )
-    images, labels, skipped = [], [], []
-    for label, folder in enumerate(folders):
-        files = list(_image_files(folder))
-        if not files:
-            raise UserError(
-                f"{folder}: holds no image ({', '.join(IMAGE_SUFFIXES)}); put some there, or remove the folder"
-            )
-        for path in files:
-            image = _decoded(path, size, channels)
-            if image is None:
-                skipped.append(str(path.relative_to(root)))
-            else:
-                images.append(image)
-                labels.append(label)
-        if label not in labels[-1:]:
-            raise UserError(f"{folder}: none of its {len(files)} files is a readable image; replace them")
+    listing = image_folder.list_folder(root)
+    files, total = listing.files, len(listing.files)
+    if total * size[0] * size[1] * channels > image_folder.IN_MEMORY:
+        on_disk = image_folder.on_disk(listing, size, channels)
+        return LabelledImages(on_disk, listing.labels, listing.classes, on_disk.unreadable)
+    decode = image_folder.in_threads(lambda name: image_folder.decoded(root / name, size, channels), files)
+    read = list(image_folder.told(decode, total, f"{root}: files read"))
+    whole = np.array([image is not None for image in read])
+    for label, name in enumerate(listing.classes):
+        if not whole[listing.labels == label].any():
+            count = np.count_nonzero(listing.labels == label)
+            raise UserError(f"{root / name}: none of its {count} files is a readable image; replace them")
+    skipped = tuple(name for name, image in zip(files, read, strict=True) if image is None)
     if skipped:
-        named = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
-        said = f"{root}: {len(skipped)} of {len(skipped) + len(images)} files are no readable images ({named})"
-        if len(skipped) > SKIPPED_AT_MOST * (len(skipped) + len(images)):
-            raise UserError(f"{said}, more than {SKIPPED_AT_MOST:.0%}; repair or remove them")
-        print(f"{said}; they are skipped", file=sys.stderr)
-    names = tuple(folder.name for folder in folders)
-    return LabelledImages(np.stack(images), np.array(labels, np.int64), names, tuple(skipped))
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not hidden:
-            yield path
-
-
-def _decoded(path: Path, size: tuple[int, int], channels: int) -> np.ndarray | None:
-    """uint8 [H, W, C], or `None` where the file is no whole image."""
-    pillow = _pillow()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            with pillow.open(path) as file:
-                image = _as_mode(file, channels)
-    # Pillow raises what its decoders raise: broken PNG is a SyntaxError, a cut-off file an OSError.
-    except (OSError, ValueError, SyntaxError, EOFError, pillow.DecompressionBombError, pillow.DecompressionBombWarning):
-        return None
-    from PIL import ImageOps
-
-    fitted = ImageOps.fit(image, size[::-1], pillow.Resampling.BILINEAR)
-    return np.asarray(fitted).reshape(*size, channels)
+        image_folder.say(f"{image_folder.check_skipped(root, skipped, total)}; they are skipped")
+    images = [image for image in read if image is not None]
+    return LabelledImages(np.stack(images), listing.labels[whole], listing.classes, skipped)
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[h, w, C] as [H, W, C] of the same dtype, cut to the new shape at the middle."""
     from PIL import ImageOps
 
-    pillow = _pillow()
+    pillow = load_pillow()
     fit: Callable[[Any], np.ndarray] = lambda one: np.asarray(  # noqa: E731
         ImageOps.fit(pillow.fromarray(one), size[::-1], pillow.Resampling.BILINEAR)
     )
     return np.stack([fit(np.ascontiguousarray(image[..., channel])) for channel in range(image.shape[-1])], -1)
-
-
-def _as_mode(image: Any, channels: int) -> Any:
-    if channels not in (1, 3):
-        raise UserError(f"model.in_channels: images of files have 1 channel (grey) or 3 (colour), got {channels}")
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-def _pillow() -> Any:
-    from PIL import Image  # here, not above: only runs on images need it
-
-    return Image

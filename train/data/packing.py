@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,13 +165,16 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """`windows` in batches [global_batch / process_count, ...] of one shape, this process's rows.
 
-    The last batch is filled with rows of zeros, whose weight is 0 too.
+    The last batch is filled with rows of zeros, whose weight is 0 too. Threads read the rows of a batch, for an image
+    may have to be decoded.
     """
     rows = rows_per_process(global_batch, process_count)
     blank = {name: np.zeros_like(array) for name, array in windows[0].items()}
-    for first in range(process_index * rows, -(-len(windows) // global_batch) * global_batch, global_batch):
-        part = [windows[index] if index < len(windows) else blank for index in range(first, first + rows)]
-        yield {name: np.stack([window[name] for window in part]) for name in blank}
+    with ThreadPoolExecutor() as pool:
+        for first in range(process_index * rows, -(-len(windows) // global_batch) * global_batch, global_batch):
+            read = pool.map(windows.__getitem__, range(first, min(first + rows, len(windows))))
+            part = [*read, *[blank] * rows][:rows]
+            yield {name: np.stack([window[name] for window in part]) for name in blank}
 
 
 def _blank(context: int) -> Batch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ from jattn.checks import check_count
 from train.data.packing import Batch, Windows, rows_per_process
 from train.errors import UserError
 
-READ_THREADS = 2
-READ_AHEAD = 16
-"""Batches in flight per process; a batch is small, and a slow moment of the machine should not reach the device."""
+READ_THREADS = min(16, max(2, os.cpu_count() or 1))
+READ_AHEAD, READ_AHEAD_BYTES = 16, 2**30
+"""Batches in flight per process, as many as fit: a slow moment of the machine should not reach the device."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +67,9 @@ class BatchIterator(Iterator[Batch]):
 
         rows = _ProcessRows(data.windows, data.global_batch, data.process_index, data.process_count)
         dataset = grain.MapDataset.source(rows).batch(rows.per_step)
-        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
+        size = rows.per_step * sum(array.nbytes for array in rows[0].values())
+        ahead = max(1, min(READ_AHEAD, READ_AHEAD_BYTES // size))
+        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=ahead)
         self._identity = data.identity
         self._batches = iter(dataset.to_iter_dataset(options))
         self._seek(start_step)
