@@ -40,13 +40,14 @@ from jattn.neighborhood.neighborhood import neighborhood_attention
 from jattn.neighborhood.on_mesh import halo_attention
 from jattn.sparse.block_mask import BlockMask
 from jattn.sparse.block_sparse import ScoreMod, block_sparse_attention
-from jattn.sparse.on_mesh import Rows, gathered_attention, route
+from jattn.sparse.on_mesh import Rows, gathered_attention, own_seed, route
 from jattn.sparse.sliding_window import sliding_window_attention
 
 Axes = str | Sequence[str] | None
 ARRAYS = (
     "segment_ids", "log_decay", "slopes", "gamma", "beta", "initial_state", "sinks", "captured",
     "additional_keys", "additional_values", "rel_pos_bias", "key_mask", "kv_bias",
+    "dropout_seed",
 )  # fmt: skip
 
 
@@ -73,7 +74,8 @@ def shard_attention(
 
     Returns:
       `f(query, key, value, **arrays)` on global arrays, which returns what the op does; `arrays` are those of `ARRAYS`
-      that the op has. Every device has all that is captured, and all additional keys and values.
+      that the op has. Every device has all that is captured, and all additional keys and values. What is dropped
+      depends on `dropout_seed` and on how the call is split: no two devices drop the same.
 
     Raises:
       NotImplementedError: another array, another result, or a combination with `context` that is not made: the
@@ -132,6 +134,7 @@ def shard_attention(
         specs |= {"beta": gate[3], "initial_state": state, "sinks": P(heads), "captured": P()}
         specs |= {"key_mask": P(batch, context), "rel_pos_bias": P(heads), "kv_bias": P(batch, heads, context)}
         specs |= dict.fromkeys(("additional_keys", "additional_values"), P(batch, None, heads))
+        specs["dropout_seed"] = P()
         if "log_decay" in arrays:
             specs["log_decay"] = gate[arrays["log_decay"].ndim]
         if "block_mask" in arrays:
@@ -148,6 +151,10 @@ def shard_attention(
                 origin = jnp.stack([_first(batch, query.shape[0]), _first(heads, query.shape[2])])
                 arrays = {**arrays, "captured": (origin, *arrays.get("captured", ()))}
                 options = {**options, "score_mod": _from_origin(options["score_mod"])}
+            if options.get("dropout_rate"):
+                seed = arrays.get("dropout_seed", options.get("dropout_seed"))
+                arrays = {**arrays, "dropout_seed": own_seed(seed, (*_names(batch), *_names(heads)))}
+                options = {name: option for name, option in options.items() if name != "dropout_seed"}
             if context is None:
                 return op(query, key, value, **arrays, **options)
             return table[on_mesh](query, key, value, axis=context, **arrays, **options)

@@ -112,14 +112,7 @@ def gathered_attention(
     Args:
       rows, route: what the function `route` gives, `rows` split over `axis` as the queries are.
       options: of `block_sparse_attention`, for all devices alike.
-
-    Raises:
-      NotImplementedError: dropout.
     """
-    if options.get("dropout_rate"):
-        raise NotImplementedError(
-            "dropout_rate: with context, what is dropped would depend on a token's place on its device; context=None"
-        )
     length, parts = query.shape[1], len(route.turns)
     size, blocks = length // parts, rows.lists.idx.shape[2] // parts
     key, value = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, value))
@@ -129,6 +122,8 @@ def gathered_attention(
     index = jax.lax.axis_index(axis)
     out = jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
     for turn in route.turns:
+        if options.get("dropout_rate"):
+            options["dropout_seed"] = own_seed(options["dropout_seed"], (axis,))
         back = tuple(np.argsort(turn.to).tolist())
         part, sender = jnp.asarray(turn.part), jnp.asarray(back)[index]
         first = sender * length + part[sender] * size
@@ -182,6 +177,12 @@ def _attend(
         outs.append(out)
         lses.append(lse)
     return merge_attentions(outs, lses)[0] if len(outs) > 1 else outs[0]
+
+
+def own_seed(seed: Any, axes: tuple[str, ...]) -> Array:
+    """Of this device among those along `axes`: another one than `seed`, and than those of all others."""
+    index = jax.lax.axis_index(axes) if axes else 0
+    return jax.random.bits(jax.random.fold_in(jax.random.key(seed), index))
 
 
 def _turns(work: np.ndarray, devices: int) -> list[Turn]:

@@ -108,7 +108,7 @@ def test_segments(mask, cut, more):
 @pytest.mark.parametrize(
     ("mask", "lengths", "cut"),
     [
-        (Causal(1), (T, S), CUT),
+        (Causal(129), (T, S), CUT),
         (Causal(30), (T, S), ONE_STRIP),
         (SlidingWindow(1, S), (T, 512), CUT),
         (SlidingWindow(126, S), (T, 512), ONE_STRIP),
