@@ -42,7 +42,7 @@ from pallas_kernels.block_sparse.marks import LEAST_SCALE, choose_marks, marked_
 from pallas_kernels.block_sparse.relative import Alike, Codes, Relative
 from pallas_kernels.block_sparse.tiling import LANES, Blocks, Tiling
 from pallas_kernels.block_sparse.walk import Problem
-from pallas_kernels.block_sparse.windows import Windows, check_windows, whole_windows
+from pallas_kernels.block_sparse.windows import Windows, check_windows, packed, whole_windows
 from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
 
 
@@ -220,6 +220,11 @@ def block_sparse_attention(
         penalties_last = score_mod is None and soft_cap is None and (scale > LEAST_SCALE or query.dtype == jnp.float32)
         if windows is not None and penalties_last:
             marks = choose_marks(windows.place, block_kv, width, may_widen=cut.split)
+        guards = 0
+        if windows is not None and marks is None:
+            windows, guards = packed(windows)
+            operands = operands._replace(windows=whole_windows(windows))
+            fixed["axes"] = len(windows.place)
         operands, sides = _with_intervals(operands, element, interval, block_kv)
         if operands.intervals is not None:
             fixed["groups"] = operands.intervals.ends.shape[0]
@@ -238,6 +243,7 @@ def block_sparse_attention(
             list_rows=by_row.row.shape[0],
             list_heads=by_row.row.shape[1],
             marks=marks,
+            guards=guards,
             interpret=platform == "interpret",
             **fixed,
         )

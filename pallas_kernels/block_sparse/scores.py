@@ -199,7 +199,12 @@ def allowed(p: Problem, refs: Refs, at: Place, rows: slice, columns: slice, test
         rules.append(p.element(at.q_pos, at.kv_pos, at.step.n))
     if refs.q_ids is not None:
         rules.append(walk.wide(refs.q_ids[rows], width) == refs.kv_segments[:, columns])
-    for axis in range(p.axes if p.marks is None else 0):
+    if p.guards:
+        place = refs.place[:, columns]
+        after = (place + p.guards) - walk.wide(refs.low_columns[0, rows], width)
+        before = walk.wide(refs.high_columns[0, rows], width) - place
+        rules.append(after & before & p.guards == p.guards)
+    for axis in range(0 if p.guards or p.marks is not None else p.axes):
         place = refs.place[axis : axis + 1, columns]
         rules.append(walk.wide(refs.low_columns[axis, rows], width) <= place)
         rules.append(place < walk.wide(refs.high_columns[axis, rows], width))

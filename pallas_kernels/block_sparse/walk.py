@@ -38,6 +38,7 @@ class Problem:
       sides: on which intervals of keys bound what queries see in a partial block, 0 where other rules are asked.
       axes: of the coordinates that windows are of, 0 without; `groups` batch rows in turn have windows of their own.
       marks: where windows are penalties of queries; `None`: they are compared.
+      guards: the guard bits of windows whose axes are compared all at once, 0 where they are not.
       adds: the score function is the score and an addend, see `addends`.
       captured: shapes of the arrays that the score function reads; `reads`: how often it reads a floating-point one.
     """
@@ -68,6 +69,7 @@ class Problem:
     axes: int
     groups: int
     marks: Marks | None
+    guards: int
     interpret: bool
 
     @property

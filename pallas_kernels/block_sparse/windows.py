@@ -2,6 +2,11 @@
 
 Neighborhoods in grids are of this form. Windows belong to pairs in partial blocks, as an element rule does, and to a
 group of batch rows: row b has those of group b mod G. The points of keys are the same for all.
+
+All axes are asked at once where coordinates are small: a number has a field for each axis with a guard bit above it,
+which a difference leaves as it is where it is not negative there. With all guards g,
+
+    seen_ts = ((c(s) + g - low(t)) & (high(t) - 1 + g - c(s)) & g) == g
 """
 
 from __future__ import annotations
@@ -42,3 +47,27 @@ def check_windows(windows: Any, *, batch: int, q_len: int, kv_len: int) -> None:
 def whole_windows(windows: Any) -> Windows:
     """As arrays of 32-bit integers."""
     return Windows(*(jnp.asarray(x, np.int32) for x in windows))
+
+
+def packed(windows: Windows) -> tuple[Windows, int]:
+    """As windows of one axis: low, high - 1 + g and c above, and g; with a g of 0 as they were.
+
+    They are as they were where they have one axis, are no arrays of NumPy, or too large for 31 bits.
+    """
+    low, high, place = windows
+    axes = len(place)
+    if axes < 2 or not all(isinstance(x, np.ndarray) for x in windows) or min(low.min(), high.min(), place.min()) < 0:
+        return windows, 0
+    bits = [max(int(x.max()).bit_length() for x in (low[:, a], high[:, a], place[a])) for a in range(axes)]
+    if sum(bits) + axes > 31:
+        return windows, 0
+    ends = np.cumsum([1 + each for each in bits])
+    shifts = ends - 1 - bits
+    guards = int((1 << (ends - 1)).sum())
+
+    def together(x: np.ndarray, axis: int) -> np.ndarray:
+        shape = [axes if i == axis else 1 for i in range(x.ndim)]
+        return (x.astype(np.int64) << shifts.reshape(shape)).sum(axis=axis, keepdims=True)
+
+    last = together(high, 1) - (1 << shifts).sum() + guards
+    return Windows(*(x.astype(np.int32) for x in (together(low, 1), last, together(place, 0)))), guards

@@ -134,6 +134,13 @@ def test_masks(mask, lengths, cut):
     compare(*operands(1, *lengths, 2, 1, 16, 16), mask, kinds, cut=cut)
 
 
+def test_a_ragged_block_that_lists_call_full():
+    """Whatever the mask says, though both ends of its intervals are in there."""
+    kinds = of_mask(SlidingWindow(0), T, S)
+    kinds[0, 0, 2, 1] = 2
+    compare(*operands(1, T, S, 2, 1, 16, 16), SlidingWindow(0), kinds, cut=ONE_STRIP)
+
+
 def test_bfloat16_and_queries_that_see_nothing():
     """Neither keys nor, where it is -inf, a sink."""
     arguments, cotangents = operands(1, T, S, 2, 1, 128, 128, dtype=jnp.bfloat16, sinks=(2,))
