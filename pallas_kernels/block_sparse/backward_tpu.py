@@ -226,6 +226,8 @@ def _visit(p: Problem, slot: Any, step: Step, r: Refs, test: Test) -> None:
             dp = walk.dot(query(i, r.out_gradient), v, (1, 1))
         else:
             dp = walk.dot(r.lowered[rows[i]], walk.with_ones(p, v), (1, 1))
+            if capped is not None and not masked:  # early: there are registers to spare, which a mask would take
+                dp, capped = dp * (1 - capped * capped), None
         return Begun(u, capped, pull_back, allowed, dp)
 
     for (i, j), (u, capped, pull_back, allowed, dp) in walk.ahead(units, t.backward.lag, begin):

@@ -54,20 +54,22 @@ def packed(windows: Windows) -> tuple[Windows, int]:
 
     They are as they were where they have one axis, are no arrays of NumPy, or too large for 31 bits.
     """
-    low, high, place = windows
-    axes = len(place)
-    if axes < 2 or not all(isinstance(x, np.ndarray) for x in windows) or min(low.min(), high.min(), place.min()) < 0:
+    axes = len(windows.place)
+    if axes < 2 or not all(isinstance(x, np.ndarray) for x in windows):
+        return windows, 0
+    low, high, place = (np.asarray(x) for x in windows)
+    if min(low.min(), high.min(), place.min()) < 0:
         return windows, 0
     bits = [max(int(x.max()).bit_length() for x in (low[:, a], high[:, a], place[a])) for a in range(axes)]
     if sum(bits) + axes > 31:
         return windows, 0
-    ends = np.cumsum([1 + each for each in bits])
-    shifts = ends - 1 - bits
-    guards = int((1 << (ends - 1)).sum())
+    above = np.cumsum([1 + each for each in bits]) - 1  # where the guards are
+    shifts = above - np.array(bits)
+    guards = sum(1 << bit for bit in above.tolist())
 
     def together(x: np.ndarray, axis: int) -> np.ndarray:
         shape = [axes if i == axis else 1 for i in range(x.ndim)]
         return (x.astype(np.int64) << shifts.reshape(shape)).sum(axis=axis, keepdims=True)
 
-    last = together(high, 1) - (1 << shifts).sum() + guards
+    last = together(high, 1) - sum(1 << shift for shift in shifts.tolist()) + guards
     return Windows(*(x.astype(np.int32) for x in (together(low, 1), last, together(place, 0)))), guards

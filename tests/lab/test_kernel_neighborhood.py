@@ -24,6 +24,17 @@ def test_windows_are_free_on_v6e(tmp_path, lab):
         assert windows["hot_bundles"] <= 1.05 * full["hot_bundles"]
 
 
+def test_windows_without_a_channel_to_ride_in_take_little_longer_on_v5e(tmp_path, lab):
+    """Heads of 128 in a video: the axes are compared, all at once."""
+    found = tmp_path / "figures.json"
+    lab("report", "--family", "neighborhood", "--targets", "v5e", "--only", "video", "--json", found)
+    (row,) = json.loads(found.read_text())["rows"]
+    assert len(row["kernels"]) == 3
+    for kernel in row["kernels"]:
+        full, windows = sorted(step["step_bundles"] for step in kernel["hot_regions"])
+        assert full < windows <= 1.1 * full
+
+
 def test_one_pass_takes_less_time_than_tiles_on_v6e(tmp_path, lab):
     """Forward and backward of the windows of NAT-Mini, which take a sixth of the time; little is moved twice."""
     found = tmp_path / "figures.json"
