@@ -409,8 +409,7 @@ def _walk(
             scratch["strip_sums"] = distances.scratch(p.lanes)
             size = scratch["strip_sums"].shape[1]
             results["dnumbers"] = (p.batch, p.heads, 1, size), f32
-            at_head = lambda *ids: (*plan.where(*ids[:4])[:2], 0, 0)  # noqa: E731
-            blocks["dnumbers"] = pl.BlockSpec((None, None, 1, size), at_head)
+            blocks["dnumbers"] = pl.BlockSpec((None, None, 1, size), lambda *ids: (*plan.where(*ids[:4])[:2], 0, 0))
     if plan.keys if p.adds else plan.queries:
         for i in with_captured:
             size = math.prod(p.captured[i])
