@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jattn.neighborhood import one_pass
+from jattn.neighborhood import one_pass, planes
 from jattn.neighborhood.arguments import Operands
 from jattn.neighborhood.permute import token_permute, token_unpermute
 from jattn.neighborhood.tiles import TilePlan, tile_plan
@@ -49,6 +49,8 @@ def fused_neighborhood(
     platform: kernel.Platform, x: Operands, *, neighborhood: Neighborhood, score: Score, q_tile: Any, kv_tile: Any
 ) -> tuple[Array, Array]:
     """`(out, lse)` of the windows, without additional tokens."""
+    if _is_by_planes(platform, x):
+        return planes.attend(platform, x, neighborhood, score.scale)
     found = _in_one_pass(platform, x, neighborhood, score, q_tile, kv_tile)
     if found is not None:
         return one_pass.attend(found, x)
@@ -88,7 +90,8 @@ def check_fused_neighborhood(
     """Raises `NotImplementedError` with the reason where the kernels do not do a call."""
     if x.rel_pos_bias is not None and platform not in kernel.GPU:
         try:
-            one_pass.plan(platform, x, neighborhood, score.scale, q_tile, kv_tile)
+            possible = planes.check if _is_by_planes(platform, x) else one_pass.plan
+            possible(platform, x, neighborhood, score.scale, q_tile, kv_tile)
         except NotImplementedError as reason:
             raise NotImplementedError(f"rel_pos_bias: the kernels take one in one pass alone; {reason}") from None
         return
@@ -105,6 +108,10 @@ def check_fused_neighborhood(
     flat = (a.reshape(a.shape[0], -1, *a.shape[-2:]) for a in (x.query, x.key, x.value))
     functions: Any = {"element": None, "score_mod": None, "captured": ()}
     kernel.check(*flat, **functions, block_q=least, block_kv=least, platform=platform)
+
+
+def _is_by_planes(platform: kernel.Platform, x: Operands) -> bool:
+    return x.rel_pos_bias is not None and platform not in kernel.GPU and len(x.grid) == 3
 
 
 def _in_one_pass(

@@ -2,7 +2,8 @@
 
 The kernels attend within an image that the chip holds, every head with keys of its own. Here a dilation group is an
 image, and one that is too large is cut along its axes: a band is a run of queries with an image of the keys that their
-windows hold. What it reads beyond its own rows is a window: little, if bands are large.
+windows hold. What it reads beyond its own rows is a window: little, if bands are large. A mask of keys is one channel
+more: 1 in a query, 0 or what makes a logit 2^17 less in a key.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from pallas_kernels.neighborhood.tables import LANES, Bounds, Problem
 MOST_KEYS = 512
 """Of a window; with more tables do not fit the chip, and to find that out takes long."""
 MOST_BANDS = 4096
+HIDDEN = 17
+"""A logit of a hidden key is 2^17 less: far enough, and yet such logits of a row differ as others do."""
 # Of each axis: where its rows are in [B, groups, (bands,) groups, (bands,) rows, rows, ...], and where its bands go.
 _AT = ((3, 2), (5, 4))
 
@@ -90,7 +93,8 @@ def plan(
     """In as few bands as fit the chip; raises `NotImplementedError` with the reason where the kernels do not do it."""
     if len(x.grid) > 2:
         raise NotImplementedError(f"a grid has two axes at most there, not {len(x.grid)}")
-    for name, given in (("key_mask", x.key_mask), ("q_tile", q_tile), ("kv_tile", kv_tile)):
+    plain = x.key_mask if x.rel_pos_bias is None or scale == 0 else None  # with a bias it is another channel
+    for name, given in (("key_mask", plain), ("q_tile", q_tile), ("kv_tile", kv_tile)):
         if given is not None:
             raise NotImplementedError(f"{name}: there is none there")
     axes = neighborhood.axes(x.grid)
@@ -135,12 +139,31 @@ def _images(x: Operands, axes: tuple[Axis, Axis], cuts: tuple[Cut, Cut]) -> list
 
 def _width(x: Operands) -> int:
     """Channels of a head: as many of queries as of values, and a part of the lanes if these hold several."""
-    width, heads = max(x.query.shape[-1], x.value.shape[-1]), x.query.shape[-2]
+    width, heads = max(x.query.shape[-1] + (x.key_mask is not None), x.value.shape[-1]), x.query.shape[-2]
     return width if heads * width <= LANES else 1 << (width - 1).bit_length()
 
 
 def attend(p: Plan, x: Operands) -> tuple[Array, Array]:
     """`(out, lse)` of a call as planned."""
+    if x.key_mask is None:
+        return _attend(p, x)
+    out, lse = _attend(p, _marked(x, p.problem.scale))
+    seen = lse > -(2.0 ** (HIDDEN - 1))
+    return jnp.where(seen[..., None], out, 0), jnp.where(seen, lse, -jnp.inf)
+
+
+def _marked(x: Operands, scale: float) -> Operands:
+    """With the channel of a mask."""
+    assert x.key_mask is not None
+    less = -math.copysign(2.0 ** (HIDDEN + math.ceil(-math.log2(abs(scale)))), scale)
+    mark = jnp.where(x.key_mask, 0.0, less).astype(x.key.dtype)[..., None, None]
+    ones = jnp.ones((*x.query.shape[:-1], 1), x.query.dtype)
+    marks = jnp.broadcast_to(mark, (*x.key.shape[:-1], 1))
+    query, key = (jnp.concatenate(pair, axis=-1) for pair in ((x.query, ones), (x.key, marks)))
+    return x._replace(query=query, key=key, key_mask=None)
+
+
+def _attend(p: Plan, x: Operands) -> tuple[Array, Array]:
     group = tuple(math.ceil(axis.extent / axis.dilation) for axis in p.axes)
     dilation, extents = tuple(axis.dilation for axis in p.axes), tuple(axis.extent for axis in p.axes)
     batch, heads, width = x.query.shape[0], x.query.shape[-2], _width(x)

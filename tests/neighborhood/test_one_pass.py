@@ -333,10 +333,8 @@ def test_it_is_taken_where_it_takes_less_time(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"key_mask": jnp.ones((B, 7, 5), bool)}, "key_mask: there is none there"),
         ({"kv_tile": (8, 16)}, "kv_tile: there is none there"),
         ({"width": 160}, "query: heads that fill 128 lanes are taken in one pass, not 2 of 256"),
-        ({"grid": (3, 3, 3)}, "a grid has two axes at most there, not 3"),
         ({"dtype": jnp.float16}, "query: the kernel multiplies bfloat16 or float32 alone, not float16"),
         (
             {"window": 21, "grid": (256, 256), "heads": 4},
