@@ -1,6 +1,7 @@
 """Neighborhood attention by kernels: in one pass where windows are small, else over tiles of a grid.
 
-On TPU small windows are attended in one pass (`one_pass`), and a relative position bias only so.
+On TPU small windows are attended in one pass (`one_pass`), and a relative position bias only so, in three dimensions
+plane by plane (`planes`).
 What else there is goes to the block-sparse kernels, with tiles of a permuted grid as blocks, neighborhoods as windows.
 There a bias is one by the distance of coordinates, on GPU.
 
