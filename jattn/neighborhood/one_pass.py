@@ -30,7 +30,7 @@ MOST_KEYS = 512
 """Of a window; with more tables do not fit the chip, and to find that out takes long."""
 MOST_BANDS = 4096
 HIDDEN = 17
-"""A logit of a hidden key is 2^17 less: far from all of less than 2^16, and yet such logits of a row differ as others."""
+"""A logit of a hidden key is 2^17 less: far from all below 2^16, and yet such logits of a row differ as others do."""
 # Of each axis: where its rows are in [B, groups, (bands,) groups, (bands,) rows, rows, ...], and where its bands go.
 _AT = ((3, 2), (5, 4))
 
