@@ -28,7 +28,10 @@ def fused_attention(
     """Walks of a fused kernel over the lists, with the sizes of blocks that suit the chip."""
     x, on_gpu = operands, platform in kernel.GPU
     block_mask: Any = static_mask if lists is None else lists
-    parts = parts_of(x, block_mask, score.soft_cap, dropout_rate) if on_gpu else 1
+    parts = 1
+    # Numbers for distances are the same for all rows of a batch, and parts of the keys are rows of one.
+    if on_gpu and not _is_by_distance(platform, x, score_mod):
+        parts = parts_of(x, block_mask, score.soft_cap, dropout_rate)
     if parts > 1:
 
         def attend(x: Operands, kv_bias: Any, block_mask: BlockMask, score_mod: Any) -> tuple[Array, Array]:
@@ -71,6 +74,11 @@ def fused_attention(
     )
 
 
+def _is_by_distance(platform: kernel.Platform, x: Operands, score_mod: Callable[..., Array] | None) -> bool:
+    lengths = x.query.shape[1], x.key.shape[1]
+    return kernel.form(score_mod, x.captured or (), lengths=lengths, platform=platform).by_distance
+
+
 def _blocks(mask: Mask, x: Operands) -> BlockMask:
     """The blocks of a symbolic mask, of the size that takes least time of those whose lists fit scalar memory."""
     lengths = x.query.shape[1], x.key.shape[1]
@@ -108,6 +116,8 @@ def check_fused(
     x, mask = operands, static_mask if lists is None else lists
     least = tiling.LEAST if platform in kernel.GPU else tiling.LANES
     sizes: dict[str, Any] = {"block_q": least, "block_kv": least}
+    if platform in kernel.GPU:
+        sizes = dict.fromkeys(sizes, tiling.largest_block(x.query.shape[1], x.key.shape[1]))
     if isinstance(mask, BlockMask):
         if mask.bank is not None:
             raise NotImplementedError("the kernel asks a symbolic mask in partial blocks; these have a bank")

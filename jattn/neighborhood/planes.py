@@ -45,11 +45,17 @@ def runs(axis: Axis) -> list[Run]:
     return found
 
 
-def check(
+def pairs(axis: Axis) -> int:
+    """How often queries of a plane attend to a plane."""
+    return sum((run.last - run.first) * (run.most - run.least + 1) for run in runs(axis))
+
+
+def plan(
     platform: Platform, x: Operands, neighborhood: Neighborhood, scale: float, q_tile: Any, kv_tile: Any
-) -> None:  # fmt: skip
-    """Raises `NotImplementedError` with the reason where the kernels do not do a call."""
-    one_pass.plan(platform, jax.eval_shape(_images, x), _inside(neighborhood, x.grid), scale, q_tile, kv_tile)
+) -> one_pass.Plan:
+    """Of a plane; raises `NotImplementedError` with the reason where the kernels do not do a call."""
+    images = jax.eval_shape(_images, x)
+    return one_pass.plan(platform, images, _inside(neighborhood, x.grid), scale, q_tile, kv_tile)
 
 
 def _images(x: Operands) -> Operands:

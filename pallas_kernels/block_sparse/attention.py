@@ -14,18 +14,21 @@ What is kept for the backward pass is the arguments, the outputs and lse.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse import (
     backward_gpu,
     backward_tpu,
     distances,
+    distances_gpu,
     forward_gpu,
     forward_tpu,
     gpu,
@@ -34,12 +37,14 @@ from pallas_kernels.block_sparse import (
     relative,
     relative_gpu,
     scores,
+    strips,
     tiling,
 )
 from pallas_kernels.block_sparse.intervals import Intervals
 from pallas_kernels.block_sparse.limits import check, form, scalar_dtype
 from pallas_kernels.block_sparse.marks import LEAST_SCALE, choose_marks, marked_keys
 from pallas_kernels.block_sparse.relative import Alike, Codes, Relative
+from pallas_kernels.block_sparse.strips import Strip
 from pallas_kernels.block_sparse.tiling import LANES, Blocks, Tiling
 from pallas_kernels.block_sparse.walk import Problem
 from pallas_kernels.block_sparse.windows import Windows, check_windows, packed, whole_windows
@@ -64,7 +69,8 @@ class Operands(NamedTuple):
     kv_segments: Array | None
     windows: Windows | None
     intervals: Intervals | None
-    numbers: Array | None
+    lines: Array | None
+    sources: Array | None
     table: Array | None
     codes: Codes | None
     alike: Alike | None
@@ -73,7 +79,7 @@ class Operands(NamedTuple):
 
     def named(self) -> dict[str, Array | None]:
         """What both walks read."""
-        names = ("query", "key", "value", "kv_bias", "sinks", "seed", "q_segments", "kv_segments", "table")
+        names = ("query", "key", "value", "kv_bias", "sinks", "seed", "q_segments", "kv_segments", "table", "sources")
         captured = {f"captured{i}": x for i, x in enumerate(self.captured)}
         masks = dict.fromkeys((*Windows._fields, *Intervals._fields, *Codes._fields))
         for found in (self.windows, self.intervals, self.codes):
@@ -118,12 +124,12 @@ def block_sparse_attention(
       interval: the same rule as `interval(q_pos) -> (low, high)` on NumPy integers, where the keys that each query
         sees are those from low to high - 1, or `None` where they are not. On TPU it takes less time.
       score_mod: f above, `score_mod(y, b, h, q_pos, kv_pos, *captured)`, on a tile of float32.
-      captured: arrays that it reads by scalar indices, such as `slopes[h]`; on TPU by any, where all that it does is to
-        add a number for every distance, such as `table[h, kv_pos - q_pos + c]`. They have gradients.
+      captured: arrays that it reads by scalar indices, such as `slopes[h]`; by any, where all that it does is to add a
+        number for every distance, such as `table[h, kv_pos - q_pos + c]`. They have gradients.
       q_segment_ids, kv_segment_ids: only equal ids attend to each other. A full block promises that they are equal.
       windows: `windows.Windows` of G groups: batch row b has those of b mod G, and may have lists of its group.
-      rel_bias: on GPU, a `relative.Relative` on the axes of `windows`, added to scaled scores; its table has a
-        gradient. Lists and places are of NumPy then, lists those of all heads, and blocks are boxes of a grid.
+      rel_bias: a `relative.Relative` on the axes of `windows`, added to scaled scores; its table has a gradient. Lists
+        and places are of NumPy then, on GPU lists those of all heads, and blocks are boxes of a grid.
       sinks: one logit for each query head that takes part in the softmax and has no value.
       dropout_rate, dropout_seed: probabilities are multiplied by `dropout.factors`, after lse was taken of all of them.
       block_q, block_kv: of the lists; multiples of 128, on GPU of 16.
@@ -143,16 +149,16 @@ def block_sparse_attention(
     choose: Any = tiling.choose_blocks if platform in GPU else tiling.choose
     if cut is None:
         cut = choose(*sizes, block_q=block_q, block_kv=block_kv)
-        if rel_bias is not None and isinstance(cut, Blocks):
+        if isinstance(cut, Blocks) and (rel_bias is not None or by_distance):
             cut = relative.fitted(cut, max(width, value_width), query.dtype)
     if (cut.block_q, cut.block_kv) != blocks:
         raise ValueError(f"cut: expected blocks of {block_q} x {block_kv}, got {cut.block_q} x {cut.block_kv}")
     if windows is not None:
         check_windows(windows, batch=batch, q_len=q_len, kv_len=kv_len)
     if rel_bias is not None:
-        if platform not in GPU:
-            raise NotImplementedError("rel_bias: these kernels have it on GPU alone")
         relative.check_relative(rel_bias, windows, heads=heads, q_len=q_len)
+        if by_distance:
+            raise NotImplementedError("score_mod: beside rel_bias the kernel adds no numbers for distances")
     groups = 1 if windows is None else windows.low.shape[0]
     for name, steps, which in (("by_row", by_row, 0), ("by_col", by_col, 1)):
         if steps is None:
@@ -194,7 +200,8 @@ def block_sparse_attention(
         kv_segments=None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
         windows=None if windows is None else whole_windows(windows),
         intervals=None,
-        numbers=None,
+        lines=None,
+        sources=None,
         table=None if rel_bias is None else rel_bias.table.astype(jnp.float32).reshape(heads, -1),
         codes=None,
         alike=None,
@@ -202,21 +209,30 @@ def block_sparse_attention(
         by_col=by_col,
     )
     if isinstance(cut, Blocks):
-        fixed |= {"list_rows": by_row.idx.shape[0], "layers": 0, "distances": ()}
+        fixed |= {"list_rows": by_row.idx.shape[0], "layers": 0, "runs": 0, "distances": ()}
         if rel_bias is not None and windows is not None:
             found, fixed["layers"] = relative.alike(rel_bias, windows.place, by_row, blocks=blocks)
             operands = operands._replace(codes=relative.codes(rel_bias, windows.place), alike=found)
             fixed["distances"] = rel_bias.table.shape[1:]
+        if score_mod is not None and by_distance:
+            numbers = distances.numbers(score_mod, captured, np.arange(1 - q_len, kv_len), heads=heads)
+            operands = operands._replace(table=numbers.astype(jnp.float32))
+            fixed |= {"score_mod": None, "captured": (), "distances": numbers.shape[1:]}
         interpret = platform == "interpret_gpu"
         p: Any = gpu.Problem(width=width, value_width=value_width, blocks=cut, interpret=interpret, **fixed)
+        if by_distance:
+            p = dataclasses.replace(p, runs=distances_gpu.count(p, by_row))
         operands = operands._replace(by_row=lists.whole(by_row), by_col=None if by_col is None else lists.whole(by_col))
     else:
-        marks = None
+        marks = strip = None
         if score_mod is not None and by_distance:
-            padded = -(-q_len // block_q) * block_q, -(-kv_len // block_kv) * block_kv
-            numbers = distances.numbers(score_mod, captured, heads=heads, lengths=(q_len, kv_len), padded=padded)
-            operands = operands._replace(numbers=numbers)
+            strip, firsts = distances.strip((q_len, kv_len), blocks)
+            lines = distances.lines(score_mod, captured, strip, heads=heads, lengths=(q_len, kv_len))
+            operands = _with_lines(operands, strip, lines)
             score_mod, fixed["score_mod"], fixed["captured"] = None, None, ()
+        elif rel_bias is not None and windows is not None:
+            strip, firsts = relative.strip(rel_bias, windows.place, by_row, blocks=blocks)
+            operands = _with_lines(operands, strip, strips.lines(strip, rel_bias.table))
         penalties_last = score_mod is None and soft_cap is None and (scale > LEAST_SCALE or query.dtype == jnp.float32)
         if windows is not None and penalties_last:
             marks = choose_marks(windows.place, block_kv, width, may_widen=cut.split)
@@ -244,14 +260,21 @@ def block_sparse_attention(
             list_heads=by_row.row.shape[1],
             marks=marks,
             guards=guards,
+            strip=strip,
             interpret=platform == "interpret",
             **fixed,
         )
-        operands = _laid_out(p, operands)
+        operands = _laid_out(p, operands, [] if strip is None else strip.codes(*firsts))
     leaves, tree = jax.tree.flatten(operands)
     out, lse = attend(p, jax.tree.unflatten(tree, alike(*leaves)))
     out = out.reshape(batch, q_len, heads, p.value_width)[..., :value_width]
     return out, jnp.moveaxis(lse, 1, 2)
+
+
+def _with_lines(x: Operands, strip: Strip, lines: Array) -> Operands:
+    """And the numbers for distances."""
+    sources = jnp.asarray(strips.sources(strip)) if strip.patterns > 1 else None
+    return x._replace(table=None, lines=lines, sources=sources)
 
 
 def _with_intervals(x: Operands, element: Any, interval: Any, block_kv: int) -> tuple[Operands, int]:
@@ -264,9 +287,11 @@ def _with_intervals(x: Operands, element: Any, interval: Any, block_kv: int) -> 
     return (x, 0) if found is None else (x._replace(intervals=found[0]), found[1])
 
 
-def _laid_out(p: Problem, x: Operands) -> Operands:
-    """As the TPU reads them."""
+def _laid_out(p: Problem, x: Operands, codes: Sequence[np.ndarray]) -> Operands:
+    """As the TPU reads them; `codes` of blocks come before the lists."""
     sizes: Any = {"lengths": (p.q_len, p.kv_len), "blocks": (p.tiling.block_q, p.tiling.block_kv)}
+    tables = (None if steps is None else lists.pack(steps, **sizes) for steps in (x.by_row, x.by_col))
+    by_row, by_col = (None if table is None else jnp.concatenate([*codes, table]) for table in tables)
     return x._replace(
         query=_flat(x.query, p.width),
         key=_flat(x.key if p.marks is None else marked_keys(p.marks, x.key), p.width),
@@ -275,8 +300,8 @@ def _laid_out(p: Problem, x: Operands) -> Operands:
         q_segments=None if x.q_segments is None else x.q_segments[:, None],
         kv_segments=None if x.kv_segments is None else x.kv_segments[:, None],
         intervals=None if x.intervals is None else intervals.whole(x.intervals, p.rows * p.tiling.block_q),
-        by_row=jnp.asarray(lists.pack(x.by_row, **sizes)),
-        by_col=None if x.by_col is None else jnp.asarray(lists.pack(x.by_col, **sizes)),
+        by_row=by_row,
+        by_col=by_col,
     )
 
 
@@ -294,14 +319,13 @@ def _flat(x: Array, width: int, fill: int = 0) -> Array:
 def attend(p: Problem | gpu.Problem, operands: Operands) -> tuple[Float[Array, "B T *NV"], Float[Array, "B N T"]]:
     if isinstance(p, gpu.Problem):
         return forward_gpu.forward(p, operands.by_row, operands.named())
-    strips = {"strips": scores.strips(p, operands.numbers)}
-    out, lse = forward_tpu.forward(p, operands.by_row, operands.named() | strips)
+    out, lse = forward_tpu.forward(p, operands.by_row, operands.named() | {"lines": scores.lines(p, operands.lines)})
     return out, lse[:, :, 0, : p.q_len]
 
 
 def attend_forward(p: Problem | gpu.Problem, operands: Any) -> Any:
     trained = {f"captured{i}": x for i, x in enumerate(operands.captured)}
-    trained |= {name: getattr(operands, name) for name in ("kv_bias", "numbers", "table")}
+    trained |= {name: getattr(operands, name) for name in ("kv_bias", "lines", "table")}
     wanted = {name: () if x.perturbed else None for name, x in trained.items() if x is not None}
     operands = jax.tree.map(lambda x: x.value, operands)
     out, lse = attend(p, operands)
@@ -327,12 +351,14 @@ def attend_backward(p: Problem | gpu.Problem, residuals: Any, cotangents: tuple[
     given = (operands.by_row, operands.by_col, operands.named() | rows)
     if isinstance(p, gpu.Problem):
         found = backward_gpu.backward(p, *given, with_bias=with_bias, with_captured=with_captured)
-        if operands.alike is not None and wanted["table"] is not None:
+        if wanted.get("table") is not None and operands.alike is None:
+            found["dtable"] = distances_gpu.backward(p, operands.by_row, given[-1])
+        elif wanted.get("table") is not None:
             found["dtable"] = relative_gpu.backward(p, operands.alike, given[-1])
     else:
-        given[-1]["strips"] = scores.strips(p, operands.numbers)
+        given[-1]["lines"] = scores.lines(p, operands.lines)
         of_all: Any = {"with_bias": with_bias, "with_captured": with_captured}
-        found = backward_tpu.backward(p, *given, **of_all, with_numbers=wanted.get("numbers") is not None)
+        found = backward_tpu.backward(p, *given, **of_all, with_lines=wanted.get("lines") is not None)
     d_sinks = None
     if operands.sinks is not None:
         d_sinks = -jnp.sum(jnp.exp(operands.sinks[:, None] - shift) * delta, axis=(0, 2))
@@ -344,7 +370,7 @@ def attend_backward(p: Problem | gpu.Problem, residuals: Any, cotangents: tuple[
         "kv_bias": found.get("dkv_bias"),
         "sinks": d_sinks,
         "captured": tuple(found.get(f"dcaptured{i}") for i in range(len(operands.captured))),
-        "numbers": found.get("dnumbers"),
+        "lines": found.get("dlines"),
         "table": found.get("dtable"),
     }
     return (Operands(**gradients),)

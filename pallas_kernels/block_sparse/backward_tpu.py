@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse import addends, distances, scores, walk
+from pallas_kernels.block_sparse import addends, scores, strips, walk
 from pallas_kernels.block_sparse.intervals import Test
 from pallas_kernels.block_sparse.lists import col_of, kind_of, row_of
 from pallas_kernels.block_sparse.tiling import LANES
@@ -64,14 +64,15 @@ class Plan:
         return b, h * self.group + g, a
 
 
-def plans(p: Problem, strips: int = 0) -> list[Plan]:
-    """One walk if the gradients of keys and values of a head fit on the chip, beside `strips` bytes, else two."""
+def plans(p: Problem, beside: int = 0) -> list[Plan]:
+    """One walk if the gradients of keys and values of a head fit on the chip, `beside` other bytes, else two."""
     widths = p.width + p.value_width
     taken = p.columns * p.tiling.block_kv * widths * (4 + 2 * jnp.dtype(p.dtype).itemsize)
-    if taken + strips <= p.tiling.resident:
+    if taken <= p.tiling.resident and (not beside or taken + beside <= p.tiling.most):
         return [Plan(False, True, True, p.columns, p.kv_heads, p.group)]
-    # Lists of single query heads visit different columns at a time: their gradients are added up afterwards.
-    alone = p.list_heads > p.kv_heads
+    # Lists of single query heads visit different columns at a time, and a strip is made once for each of them: their
+    # gradients are added up afterwards.
+    alone = p.list_heads > p.kv_heads or p.strip is not None
     return [
         Plan(False, True, False, 0, p.kv_heads, p.group),
         Plan(True, False, True, 1, p.heads if alone else p.kv_heads, 1 if alone else p.group),
@@ -101,10 +102,8 @@ def _kernel(p: Problem, plan: Plan, table: Any, r: Refs) -> None:
             if name.startswith("dcaptured"):
                 r[name][...] = jnp.zeros_like(r[name])
 
-    if r.strip_sums is not None:
-        pl.when(a == 0)(functools.partial(_begin_strip, r))
-
-    step = Step(b, n, row * t.block_q, col * t.block_kv, kind)
+    pl.when(a == 0)(functools.partial(_begin_head, p, r))
+    step = Step(b, n, row, col, row * t.block_q, col * t.block_kv, kind)
     begin_row = functools.partial(_begin_row, p, step, r)
     if plan.by_col:
         begin_row()
@@ -119,20 +118,18 @@ def _kernel(p: Problem, plan: Plan, table: Any, r: Refs) -> None:
         def _() -> None:
             r.dq[...] = (r.query_sums[...] * p.scale).astype(r.dq.dtype)
 
-    if r.strip_sums is not None:
-        pl.when(a == steps - 1)(functools.partial(_end_strip, r))
+    if p.strip is not None and r.strip_sums is not None:
+        pl.when(a == steps - 1)(functools.partial(strips.total, p.strip, r.strip_sums, r.sources, r.dlines))
 
     if plan.keys:
         at_end = (g == plan.group - 1) & (last if plan.by_col else a == steps - 1)
         pl.when(at_end)(functools.partial(_end_columns, p, plan, r))
 
 
-def _begin_strip(r: Refs) -> None:
-    r.strip_sums[...] = jnp.zeros_like(r.strip_sums)
-
-
-def _end_strip(r: Refs) -> None:
-    r.dnumbers[...] = distances.total(r.strip_sums)
+def _begin_head(p: Problem, r: Refs) -> None:
+    scores.begin_head(p, r)
+    if p.strip is not None and r.strip_sums is not None:
+        strips.clear(p.strip, r.strip_sums)
 
 
 def _begin_row(p: Problem, step: Step, r: Refs) -> None:
@@ -180,14 +177,13 @@ def _lower(p: Problem, do: jax.Array, r: Refs) -> None:
     r.lowered[:, at] = found.astype(p.dtype)
 
 
-class Begun(NamedTuple):
-    """What the products of a tile give: logits, tanh of the soft cap, the way back to y, the mask, and dp."""
+class Logits(NamedTuple):
+    """Of a tile: u, tanh of the soft cap, the way back to y, and the mask."""
 
     u: jax.Array
     capped: jax.Array | None
     pull_back: Callable[[jax.Array], jax.Array] | None
     allowed: jax.Array | None
-    dp: jax.Array
 
 
 def _inside(p: Problem, x: jax.Array, start: Any) -> jax.Array:
@@ -211,57 +207,78 @@ def _visit(p: Problem, slot: Any, step: Step, r: Refs, test: Test) -> None:
         x = ref[columns[j]]
         return scores.within(x, step.kv_start + columns[j].start, p.kv_len) if masked and p.ragged_kv else x
 
-    def begin(unit: tuple[int, int]) -> Begun:
-        i, j = unit
+    def logits(i: int, j: int) -> Logits:
         here = scores.place(step, rows[i], columns[j])
         q = query(i, queries) if r.prepared is None else queries[rows[i]]
         y = scores.biased(p, r, scores.product(p, q, key(j, r.key)), here, rows[i], columns[j])
         x, pull_back = _modified(p, here, y, r)
         u, capped = scores.binary(p, x)
         allowed = scores.allowed(p, r, here, rows[i], columns[j], test)
-        if allowed is not None:
-            u = jnp.where(allowed, u, -jnp.inf)
+        return Logits(u if allowed is None else jnp.where(allowed, u, -jnp.inf), capped, pull_back, allowed)
+
+    def products(i: int, j: int) -> jax.Array:
         v = key(j, r.value)
         if r.lowered is None:
-            dp = walk.dot(query(i, r.out_gradient), v, (1, 1))
-        else:
-            dp = walk.dot(r.lowered[rows[i]], walk.with_ones(p, v), (1, 1))
-            if capped is not None and not masked:  # early: there are registers to spare, which a mask would take
-                dp, capped = dp * (1 - capped * capped), None
-        return Begun(u, capped, pull_back, allowed, dp)
+            return walk.dot(query(i, r.out_gradient), v, (1, 1))
+        return walk.dot(r.lowered[rows[i]], walk.with_ones(p, v), (1, 1))
 
-    for (i, j), (u, capped, pull_back, allowed, dp) in walk.ahead(units, t.backward.lag, begin):
-        weights = jnp.exp2(u - walk.wide(r.shift_columns[rows[i]], t.backward.kv))
+    def weigh(i: int, j: int, x: Logits, dp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The weights of values, and dy."""
+        weights = jnp.exp2(x.u - walk.wide(r.shift_columns[rows[i]], t.backward.kv))
         kept = scores.kept(p, r, scores.place(step, rows[i], columns[j]))
         if kept is not None:
             dp = dp * kept
         if r.lowered is None:
             dp = dp - walk.wide(r.delta_columns[rows[i]], t.backward.kv)
+        if x.capped is not None:
+            dp = dp * (1 - x.capped * x.capped)
         dy = weights * dp
-        if capped is not None:
-            dy = dy * (1 - capped * capped)
-        if pull_back is not None:
-            dy = pull_back(dy)
-            if allowed is not None:  # elsewhere the caller's derivative may be anything
-                dy = jnp.where(allowed, dy, 0)
-        if r.strip_sums is not None:
-            distances.add(r.strip_sums, scores.origin(p, step), rows[i], columns[j], dy)
-        dy = dy.astype(p.dtype)
-        if r.key_sums is not None:
-            weights = (weights if kept is None else weights * kept).astype(p.dtype)
-            r.value_sums[slot, :, columns[j]] += walk.dot(r.do_upright[:, rows[i]], weights)
-            products = walk.dot(r.q_upright[:, rows[i]], dy)
-            r.key_sums[slot, :, columns[j]] += products[: r.key_sums.shape[1]]
-            if gradients:
-                here = scores.place(step, rows[i], columns[j])
-                derivatives = _derivatives(p, step, trained, addends.row, here.q_pos, here.kv_pos)
-                below = iter(walk.parts(products.shape[0], 1)[p.width :])
-                ones = products[next(below)]
-                for k, derivative in enumerate(derivatives):
-                    of_column = (products[next(below)] for _ in range(addends.pieces(p.dtype)))
-                    gradients[k] += ones * derivative + sum(of_column)
+        if x.pull_back is not None:
+            dy = x.pull_back(dy)
+            if x.allowed is not None:  # elsewhere the caller's derivative may be anything
+                dy = jnp.where(x.allowed, dy, 0)
+        if p.strip is not None and r.strip_sums is not None:
+            strips.add(p.strip, r.strip_sums, scores.origin(p, r, step), rows[i], columns[j], dy)
+        return (weights if kept is None else weights * kept).astype(p.dtype), dy.astype(p.dtype)
+
+    def add_to_queries(i: int, j: int, weights: jax.Array, dy: jax.Array) -> None:
         if r.query_sums is not None:
             r.query_sums[rows[i]] += walk.dot(dy, key(j, r.key))
+
+    def add_to_values(i: int, j: int, weights: jax.Array, dy: jax.Array) -> None:
+        if r.value_sums is not None:
+            r.value_sums[slot, :, columns[j]] += walk.dot(r.do_upright[:, rows[i]], weights)
+
+    def add_to_keys(i: int, j: int, weights: jax.Array, dy: jax.Array) -> None:
+        if r.key_sums is None:
+            return
+        found = walk.dot(r.q_upright[:, rows[i]], dy)
+        r.key_sums[slot, :, columns[j]] += found[: r.key_sums.shape[1]]
+        if gradients:
+            here = scores.place(step, rows[i], columns[j])
+            derivatives = _derivatives(p, step, trained, addends.row, here.q_pos, here.kv_pos)
+            below = iter(walk.parts(found.shape[0], 1)[p.width :])
+            ones = found[next(below)]
+            for k, derivative in enumerate(derivatives):
+                of_column = (found[next(below)] for _ in range(addends.pieces(p.dtype)))
+                gradients[k] += ones * derivative + sum(of_column)
+
+    # The compiler keeps the order of products and moves all else around them. So the two of a later tile, which leave
+    # much to compute, stand between those of this one, which only add: the longest alone, the shorter ones together.
+    alone, *together = add_to_queries, add_to_values, add_to_keys
+    if gradients:
+        alone, *together = add_to_keys, add_to_values, add_to_queries
+    begun: dict[Any, tuple[Logits, jax.Array]] = {}
+    for later, unit in walk.staggered(units, t.backward.lag + bool(gradients)):
+        x = None if later is None else logits(*later)
+        if unit is not None:
+            found = weigh(*unit, *begun.pop(unit))
+            alone(*unit, *found)
+        if later is not None and x is not None:
+            begun[later] = x, products(*later)
+        if unit is not None:
+            for add in together:
+                add(*unit, *found)
     trained.add([jnp.sum(each) for each in gradients])
 
 
@@ -346,28 +363,28 @@ def backward(
     *,
     with_bias: bool,
     with_captured: tuple[int, ...],
-    with_numbers: bool,
+    with_lines: bool,
 ) -> dict[str, jax.Array]:
-    """Gradients: dq, dk, dv as the operands are; with_bias dkv_bias `[B, K, 1, S]`; dcaptured of some, flat; dnumbers.
+    """Gradients: dq, dk, dv as the operands are; with_bias dkv_bias `[B, K, 1, S]`; dcaptured of some, flat; dlines.
 
     Args:
       operands: as `forward` takes them, and out_gradient, shift `[B, N, 1, T]` (L above) and delta, in whole blocks.
     """
     found: dict[str, jax.Array] = {}
-    strips = 0 if operands["strips"] is None else (1 + with_numbers) * 4 * LANES * p.lanes
-    for plan in plans(p, strips):
+    for plan in plans(p, 0 if p.strip is None else (1 + with_lines) * p.strip.size):
         table = by_col if plan.by_col else by_row
         if table is None:
             raise ValueError(f"by_col: expected a list, since the gradients of {p.kv_len} keys do not fit the chip")
-        wanted: Any = {"with_bias": with_bias, "with_captured": with_captured, "with_numbers": with_numbers}
+        wanted: Any = {"with_bias": with_bias, "with_captured": with_captured, "with_lines": with_lines}
         found |= _walk(p, plan, table, operands, **wanted)
     for name in ("dk", "dv"):
         found[name] = _grouped(p, found[name][:, : p.kv_len], p.width if name == "dk" else p.value_width)
     if with_bias:
         bias = found["dkv_bias"].reshape(p.batch, p.kv_heads, -1, p.columns * p.tiling.block_kv)
         found["dkv_bias"] = jnp.sum(bias, axis=2, keepdims=True)[..., : p.kv_len]
-    if with_numbers:
-        found["dnumbers"] = jnp.sum(found["dnumbers"], axis=0)[:, 0, 1:]
+    if with_lines:
+        assert p.strip is not None
+        found["dlines"] = jnp.pad(jnp.sum(found["dlines"], axis=0), [(0, 0), (0, 0), (p.strip.reach, 0)])
     for i in with_captured:
         found[f"dcaptured{i}"] = jnp.sum(found[f"dcaptured{i}"], axis=(0, 1, 2))
     return found
@@ -389,7 +406,7 @@ def _walk(
     *,
     with_bias: bool,
     with_captured: tuple[int, ...],
-    with_numbers: bool,
+    with_lines: bool,
 ) -> dict[str, jax.Array]:
     t, f32 = p.tiling, jnp.float32
     blocks = walk.specs(p, plan.where, p.col_steps if plan.by_col else p.steps)
@@ -401,15 +418,15 @@ def _walk(
         scratch["lowered"] = pltpu.VMEM((t.block_q, p.ones_width), p.dtype)
     else:
         scratch["delta_columns"] = columns
-    scratch |= scores.query_scratch(p, operands)
+    scratch |= scores.query_scratch(p, operands) | scores.head_scratch(p)
     if plan.queries:
         results["dq"] = ((p.batch, p.q_len, p.heads * p.width), p.dtype)
         scratch["query_sums"] = pltpu.VMEM((t.block_q, p.width), f32)
-        if with_numbers:
-            scratch["strip_sums"] = distances.scratch(p.lanes)
-            size = scratch["strip_sums"].shape[1]
-            results["dnumbers"] = (p.batch, p.heads, 1, size), f32
-            blocks["dnumbers"] = pl.BlockSpec((None, None, 1, size), lambda *ids: (*plan.where(*ids[:4])[:2], 0, 0))
+        if with_lines and p.strip is not None:
+            sizes = p.strip.patterns, p.strip.lanes
+            scratch["strip_sums"] = pltpu.VMEM((p.strip.rows, p.strip.lanes + p.strip.reach), f32)
+            results["dlines"] = (p.batch, p.heads, *sizes), f32
+            blocks["dlines"] = pl.BlockSpec((None, None, *sizes), lambda *ids: (*plan.where(*ids[:4])[:2], 0, 0))
     if plan.keys if p.adds else plan.queries:
         for i in with_captured:
             size = math.prod(p.captured[i])

@@ -19,6 +19,7 @@ from pallas_kernels.block_sparse import (
     choose,
     choose_blocks,
 )
+from pallas_kernels.block_sparse.relative import fitted
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
 
@@ -70,7 +71,10 @@ def cases(target: str) -> dict[str, Case]:
 
 
 def _gpu() -> dict[str, Case]:
-    """Causal with heads of two widths; and all that a call can have at once, with masks on every side."""
+    """Causal with heads of two widths, dropout, a trained table of distances; and all that a call can have at once.
+
+    The last has masks on every side.
+    """
     found: dict[str, Case] = {}
     for width in (64, 128):
         arrays = (jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), jnp.bfloat16),) * 4
@@ -79,6 +83,9 @@ def _gpu() -> dict[str, Case]:
         found[f"causal-{width}"] = Case(_gradient(attention), arrays, 12 * arrays[0].size * arrays[0].dtype.itemsize)
         if width == 64:
             found["dropout"] = Case(_gradient(_dropout(attention)), (*arrays, jax.ShapeDtypeStruct((), jnp.uint32)))
+        else:
+            table = jax.ShapeDtypeStruct((HEADS, LENGTH), jnp.float32)
+            found["relative"] = Case(_gradient(_with_table(fitted(cut, width, jnp.bfloat16))), (*arrays, table))
 
     batch, length, heads, kv_heads, width, value_width = 2, 1000, 4, 2, 40, 24
     cut = choose_blocks(length, length, width, value_width, jnp.bfloat16, block_q=512, block_kv=384)
@@ -97,6 +104,13 @@ def _gpu() -> dict[str, Case]:
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     arguments = (query, key, value, out, per_head, per_head, bias, ids)
     return found | {"everything": Case(_gradient(everything), arguments)}
+
+
+def _with_table(cut: Blocks) -> Callable[..., Any]:
+    def attention(query: Any, key: Any, value: Any, table: Any) -> Any:
+        return _attend(cut, _is_causal, CAUSAL, query, key, value, score_mod=_relative, captured=(table,))
+
+    return attention
 
 
 def _dropout(attention: Callable[..., Any]) -> Callable[..., Any]:

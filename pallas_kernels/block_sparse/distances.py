@@ -3,13 +3,8 @@
     f(y, n, t, s) = y + g_n(s - t)
 
 g is asked for all distances once, outside of the kernel, so what it reads may be of any form, and has its gradients
-there. The kernel has g as a strip of as many rows as lanes, which shift by one from each to the next: the logits of 128
-queries from t0 on and of keys from s0 on, both multiples of 128, are a piece of it from a multiple of 128 lanes on,
-
-    strip_n[r, x] = g_n(x - o - r)                z[t0 + r, s0 + j] = y + strip_n[r, s0 - t0 + o + j]
-
-with o the largest t0. So a tile of logits takes one addition. The gradients dy of a head add up in a strip alike, and
-that of g is the sum over r of what stands at x = d + o + r: seven sums of halves, each moved by its height.
+there. On TPU the kernel has g as a strip of `strips` along one axis, and a tile of logits takes one addition. On GPU it
+has g as it is, a number of which it reads for each pair.
 """
 
 from __future__ import annotations
@@ -19,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+import numpy as np
 from jax.extend.core import Literal
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse.tiling import LANES
+from pallas_kernels.block_sparse import strips
+from pallas_kernels.block_sparse.strips import Strip
 
 BUDGET = 16 * 2**20
 """Bytes that a strip may take on the chip: 32768 distances."""
@@ -121,65 +116,29 @@ def _keeps_axes(equation: Any) -> bool:
     return equation.params["broadcast_dimensions"] == tuple(range(equation.invars[0].aval.ndim))
 
 
-def length(q_len: int, kv_len: int) -> int:
-    """Lanes of a strip, for lengths in whole blocks."""
-    return q_len + kv_len - LANES
+def strip(lengths: tuple[int, int], blocks: tuple[int, int]) -> tuple[Strip, list[Int[np.ndarray, "1 n"]]]:
+    """Of all pairs of blocks, and where those of queries and of keys begin."""
+    firsts = [np.arange(0, length, block)[None] for length, block in zip(lengths, blocks, strict=True)]
+    least, most = -int(firsts[0][0, -1]), int(firsts[1][0, -1])
+    return Strip((blocks[0],), (blocks[1],), (least,), (most,)), firsts
+
+
+def lines(
+    score_mod: Callable[..., Any], captured: Sequence[Array], strip: Strip, *, heads: int, lengths: tuple[int, int]
+) -> Float[Array, "N 1 lanes"]:
+    """g for the distances of a line; those beyond `lengths` of queries and keys count as the last ones."""
+    q_len, kv_len = lengths
+    return numbers(score_mod, captured, np.clip(strips.places(strip), 1 - q_len, kv_len - 1), heads=heads)[:, None]
 
 
 def numbers(
-    score_mod: Callable[..., Any],
-    captured: Sequence[Array],
-    *,
-    heads: int,
-    lengths: tuple[int, int],
-    padded: tuple[int, int],
+    score_mod: Callable[..., Any], captured: Sequence[Array], of: Int[np.ndarray, " L"], *, heads: int
 ) -> Float[Array, "N L"]:
-    """g for the distances 1 - T to S - 1 of `padded` lengths T and S; those beyond `lengths` count as the last ones."""
-    (q_len, kv_len), (most_q, most_kv) = lengths, padded
-    distance = jnp.clip(jnp.arange(1 - most_q, most_kv), 1 - q_len, kv_len - 1)[None]
+    """g for these distances."""
+    distance = jnp.asarray(of, jnp.int32)[None]
     q_pos, kv_pos, score = jnp.maximum(-distance, 0), jnp.maximum(distance, 0), jnp.zeros(distance.shape, jnp.float32)
 
     def of_head(n: Array) -> Array:
         return score_mod(score, jnp.int32(0), n, q_pos, kv_pos, *captured)[0]
 
     return jax.vmap(of_head)(jnp.arange(heads, dtype=jnp.int32))
-
-
-def strips(g: Float[Array, "N L"]) -> Float[Array, "N 128 lanes"]:
-    """Rows that begin one number earlier each, from copies of g laid end to end."""
-    heads, size = g.shape
-    lanes = size - LANES + 1
-    copies = jnp.broadcast_to(jnp.pad(g, [(0, 0), (0, 1)])[:, None], (heads, LANES, size + 1)).reshape(heads, -1)
-    return copies[:, LANES - 1 : LANES - 1 + LANES * size].reshape(heads, LANES, size)[:, :, :lanes]
-
-
-def _at(start: Any, offset: int, size: int) -> Any:
-    return pl.ds(pl.multiple_of(start + offset, LANES), size)
-
-
-def tile(strip: Any, origin: Any, rows: slice, columns: slice) -> jax.Array:
-    """What the logits of a tile get; `origin`: the lane of the first query and key of their blocks."""
-    size = columns.stop - columns.start
-    pieces = [strip[:, _at(origin, columns.start - row, size)] for row in range(rows.start, rows.stop, LANES)]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)
-
-
-def add(sums: Any, origin: Any, rows: slice, columns: slice, dy: jax.Array) -> None:
-    """Adds the gradients of a tile to a strip, before which one tile of lanes is empty."""
-    size = columns.stop - columns.start
-    for i, row in enumerate(range(rows.start, rows.stop, LANES)):
-        sums[:, _at(origin, LANES + columns.start - row, size)] += dy[i * LANES : (i + 1) * LANES]
-
-
-def total(sums: Any) -> jax.Array:
-    """The gradient of g behind one number more, from a strip of gradients."""
-    x, height = sums[...], LANES // 2
-    while height:
-        # Row r of the lower half moves to the left; what comes in at the right end is the empty tile of lanes.
-        x = x[:height] + pltpu.roll(x[height:], x.shape[1] - height, 1)
-        height //= 2
-    return x
-
-
-def scratch(lanes: int) -> Any:
-    return pltpu.VMEM((LANES, LANES + lanes), jnp.float32)

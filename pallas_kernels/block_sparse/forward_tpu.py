@@ -46,7 +46,8 @@ def _kernel(p: Problem, table: Any, r: Refs) -> None:
     before, code, after = (walk.code_at(p, table, b, n, a + i, p.steps) for i in (-1, 0, 1))
     row, col, kind = row_of(code), col_of(code), kind_of(code)
 
-    step = Step(b, n, row * t.block_q, col * t.block_kv, kind)
+    pl.when(a == 0)(functools.partial(scores.begin_head, p, r))
+    step = Step(b, n, row, col, row * t.block_q, col * t.block_kv, kind)
     pl.when((a == 0) | (row_of(before) != row))(functools.partial(_begin_row, p, step, r))
     scores.visit(p, step, r, t.forward.kv, functools.partial(_visit, p))
 
@@ -100,7 +101,13 @@ def _visit(p: Problem, step: Step, r: Refs, test: Test) -> None:
         allowed = scores.allowed(p, r, here, rows[i], columns[j], test)
         return x if allowed is None else jnp.where(allowed, x, -jnp.inf)
 
-    for (i, j), x in walk.ahead(units, t.forward.lag, begin):
+    begun: dict[Any, jax.Array] = {}
+    for later, unit in walk.staggered(units, t.forward.lag):
+        if later is not None:
+            begun[later] = begin(later)
+        if unit is None:
+            continue
+        (i, j), x = unit, begun.pop(unit)
         v = r.value[columns[j]]
         if masked and p.ragged_kv:
             v = scores.within(v, step.kv_start + columns[j].start, p.kv_len)
@@ -135,6 +142,7 @@ def forward(p: Problem, table: jax.Array, operands: Mapping[str, jax.Array | Non
         scratch["m"] = pltpu.VMEM((t.block_q, LANES), f32)
     if p.sum_lane is None:
         scratch["l"] = pltpu.VMEM((t.block_q, LANES), f32)
+    scratch |= scores.head_scratch(p)
     scratch["acc"] = pltpu.VMEM((t.block_q, p.ones_width), f32)
     scratch |= scores.query_scratch(p, operands)
     out, lse = walk.call(

@@ -36,8 +36,9 @@ class Problem:
       group: query heads of a key head.
       captured: shapes of the arrays that the score function reads.
       axes: of the coordinates that windows are of, 0 without; `groups` batch rows in turn have windows of their own.
-      distances: sizes of a head's table of `relative`, () without; `layers` are those of its gradient, for lists of
-        `list_rows` batch rows in turn.
+      distances: sizes of a head's table of `relative`, or how many numbers for distances a head has, () without.
+      layers: of the gradient of a table, `runs` of that of numbers for distances, for lists of `list_rows` batch rows
+        in turn.
     """
 
     batch: int
@@ -58,6 +59,7 @@ class Problem:
     groups: int
     distances: tuple[int, ...]
     layers: int
+    runs: int
     list_rows: int
     blocks: Blocks
     interpret: bool
@@ -201,11 +203,16 @@ def walk(
         return r.idx[*which, place], visit(masked, start, sums)
 
     state = r.idx[*which, 0], sums
-    if p.element is not None or r.q_segments is not None or p.axes:
+    if has_rules(p, r):
         state = jax.lax.fori_loop(0, partial, functools.partial(turn, True), state)
     else:
         partial = 0
     return jax.lax.fori_loop(partial, total, functools.partial(turn, False), state)[1]
+
+
+def has_rules(p: Problem, r: Refs) -> bool:
+    """Whether partial blocks have rules for pairs."""
+    return p.element is not None or r.q_segments is not None or p.axes > 0
 
 
 class Place(NamedTuple):
@@ -218,7 +225,7 @@ class Place(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is asked of queries: segments, codes of `relative`, and on each axis where windows begin and end."""
+    """What is asked of queries: segments, codes for entries of tables, and on each axis where windows begin and end."""
 
     ids: jax.Array | None
     code: jax.Array | None
@@ -228,6 +235,8 @@ class Asked(NamedTuple):
 
 def asked(p: Problem, r: Refs, rows: Tokens) -> Asked:
     ids, code = (None if ref is None else load_row(ref, rows) for ref in (r.q_segments, r.q_code))
+    if r.table is not None and r.q_code is None:
+        code = rows.position
     bounds = ([load_row(ref, rows, jnp.int32(axis)) for axis in range(p.axes)] for ref in (r.low, r.high))
     return Asked(ids, code, *bounds)
 
@@ -259,9 +268,13 @@ def has_score(p: Problem, r: Refs) -> bool:
     return p.score_mod is not None or r.kv_bias is not None or r.table is not None
 
 
-def entries(r: Refs, at: Place, code: jax.Array) -> jax.Array:
-    """Of a head's table for a tile; of pairs that are not in windows, any."""
-    index = jnp.clip(load_row(r.kv_code, at.kv) - code, 0, r.table.shape[1] - 1)
+def entries(p: Problem, r: Refs, at: Place, code: jax.Array) -> jax.Array:
+    """Of a head's table for a tile; of pairs that are not in windows or beyond the ends, any.
+
+    Without codes of `relative` it has numbers for distances, the first for the last query and the first key.
+    """
+    kv_code = at.kv.position + (p.q_len - 1) if r.kv_code is None else load_row(r.kv_code, at.kv)
+    index = jnp.clip(kv_code - code, 0, r.table.shape[1] - 1)
     return plgpu.load(r.table.at[jnp.broadcast_to(at.n, index.shape), index])
 
 
@@ -330,7 +343,7 @@ def logits(
         if r.kv_bias is not None:
             x = x + load_row(r.kv_bias, at.kv)
         if of_queries.code is not None:
-            x = x + entries(r, at, of_queries.code)
+            x = x + entries(p, r, at, of_queries.code)
         values = [each.value for each in read]
 
         def score(y: jax.Array, *free: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.block_sparse import addends, distances, scores, tiling
+from pallas_kernels.block_sparse import addends, distances, distances_gpu, scores, tiling
 from pallas_kernels.block_sparse.tiling import LANES
 from pallas_kernels.entry import GPU, Platform
 
@@ -34,7 +34,9 @@ def check(
     """Raises `NotImplementedError` with the reason where the kernel does not do a call."""
     _check_arrays(query, key, value, platform=platform, block_q=block_q, block_kv=block_kv)
     _check_element(element)
-    form(score_mod, captured, lengths=(query.shape[1], key.shape[1]), platform=platform)
+    lengths = query.shape[1], key.shape[1]
+    if form(score_mod, captured, lengths=lengths, platform=platform).by_distance and platform in GPU:
+        distances_gpu.check_size(query.shape[2], lengths, (block_q, block_kv))
 
 
 def _check_arrays(
@@ -90,7 +92,11 @@ def form(
         reads, adds = _read(score_mod, captured, platform)
     except NotImplementedError as reason:
         refused = reason
-    if not adds and platform not in GPU and _is_by_distance(score_mod, captured):
+    if platform in GPU:
+        # It reads scalars as fast as anything, and has their gradients from the walk that is there.
+        if refused is not None and _is_by_distance(score_mod, captured):
+            return Form(0, False, True)
+    elif not adds and _is_by_distance(score_mod, captured):
         if 4 * LANES * sum(lengths) <= distances.BUDGET:
             return Form(0, False, True)
         if refused is not None:
@@ -136,7 +142,7 @@ def _read(score_mod: Callable[..., Any], captured: Sequence[Array], platform: Pl
     try:
         x = jax.ShapeDtypeStruct(tile, jnp.float32)
         program, out = jax.make_jaxpr(run, return_shape=True)(x, scalar, scalar, q_pos, kv_pos, *arrays)
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise NotImplementedError(scores.INDICES.format(error)) from error
     if program.consts:
         raise NotImplementedError(

@@ -2,9 +2,11 @@
 
     y_ts += table_n[c(s) - b(t) + m]        c(s), b(t): the places of key s and query t; m: the middle of the table
 
-A flat table has strides, and so the entry of a pair is a difference of two codes of tokens. Blocks are boxes of a
-grid: tokens have the same offsets in all of them. So pairs of blocks with first tokens equally far apart are alike,
-pair of tokens by pair of tokens, and the gradient of the table is a sum over such kinds of pairs of blocks,
+Blocks are boxes of a grid: tokens have the same offsets in all of them. On TPU the table is a strip of `strips`.
+
+On GPU entries are read from the table. Flat, it has strides, and so the entry of a pair is a difference of two codes of
+tokens. Pairs of blocks with first tokens equally far apart are alike, pair of tokens by pair of tokens, and the
+gradient of the table is a sum over such kinds of pairs of blocks,
 
     dtable_n[d] = sum over kinds, and t and s in a block with distance d, of the sum of dy_ts over the kind's pairs
 
@@ -22,11 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sparse import tiling
 from pallas_kernels.block_sparse.lists import BlockLists
+from pallas_kernels.block_sparse.strips import Strip
 from pallas_kernels.block_sparse.tiling import LEAST, Blocks, Program
 
 BUDGET = 2 * 2**30
-"""Bytes that the sums of a table's gradient may take."""
+"""Bytes that the sums of a table's gradient may take on GPU."""
 
 
 class Relative(NamedTuple):
@@ -43,14 +47,14 @@ class Relative(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Of tokens: the entry of a pair in a flat table is their difference."""
+    """On GPU, of tokens: the entry of a pair in a flat table is their difference."""
 
     q_code: Int[Array, " T"]
     kv_code: Int[Array, " S"]
 
 
 class Alike(NamedTuple):
-    """Pairs of blocks by kind.
+    """On GPU, pairs of blocks by kind.
 
     Attributes:
       list_row, row, col: the rows of the lists, the blocks of queries and those of keys.
@@ -89,6 +93,27 @@ def codes(relative: Relative, kv_place: Any) -> Codes:
     return Codes(*(jnp.asarray(x, np.int32) for x in (q_code, kv_code)))
 
 
+def strip(
+    relative: Relative, kv_place: Any, by_row: Any, *, blocks: tuple[int, int]
+) -> tuple[Strip, list[Int[np.ndarray, "axes n"]]]:
+    """On TPU, where the table is for the listed pairs of blocks, and the first tokens of those of queries and of keys.
+
+    Raises:
+      ValueError: lists that are traced, blocks that are no boxes.
+      NotImplementedError: there is no such strip.
+    """
+    if not all(isinstance(x, np.ndarray) for x in by_row):
+        raise ValueError("by_row: with a relative bias, expected lists as arrays of NumPy")
+    sides = ("relative", relative.place, blocks[0]), ("windows", kv_place, blocks[1])
+    (first, box), (kv_first, kv_box) = (_checked_boxes(*side) for side in sides)
+    listed = by_row.kind > 0
+    apart = kv_first[:, by_row.col[listed]] - first[:, by_row.row[listed]]
+    least, most = (f(apart, axis=1, initial=0) for f in (np.min, np.max))
+    found = Strip(*(tuple(x.tolist()) for x in (box, kv_box, least, most)))
+    found.check(tiling.room())
+    return found, [first, kv_first]
+
+
 def alike(relative: Relative, kv_place: Any, by_row: BlockLists, *, blocks: tuple[int, int]) -> tuple[Alike, int]:
     """The pairs of the lists by kind, and how many layers there are.
 
@@ -98,9 +123,7 @@ def alike(relative: Relative, kv_place: Any, by_row: BlockLists, *, blocks: tupl
     if not all(isinstance(x, np.ndarray) for x in by_row) or by_row.idx.shape[1] != 1:
         raise ValueError("by_row: with a relative bias, expected lists of all heads as arrays of NumPy")
     first, _ = _boxes("relative", relative.place, blocks[0])
-    kv_first, box = _boxes("windows", kv_place, blocks[1])
-    if (kv_first % box[:, None]).any() or math.prod(box.tolist()) != blocks[1]:
-        raise ValueError(f"windows: with a relative bias, expected blocks of {blocks[1]} keys that are boxes of a grid")
+    kv_first, box = _checked_boxes("windows", kv_place, blocks[1])
     listed = np.arange(by_row.idx.shape[3]) < by_row.n_total[..., None]
     list_row, _, row, _ = np.nonzero(listed)
     col = by_row.idx[listed]
@@ -147,6 +170,13 @@ def fitted(cut: Blocks, width: int, dtype: Any) -> Blocks:
     if size <= 256:
         return cut
     return dataclasses.replace(cut, forward=half(cut.forward, "kv"), queries=half(cut.queries, "kv"))
+
+
+def _checked_boxes(name: str, place: Any, block: int) -> tuple[np.ndarray, np.ndarray]:
+    first, box = _boxes(name, place, block)
+    if (first % box[:, None]).any() or math.prod(box.tolist()) != block:
+        raise ValueError(f"{name}: with a relative bias, expected blocks of {block} tokens that are boxes of a grid")
+    return first, box
 
 
 def _boxes(name: str, place: Any, block: int) -> tuple[np.ndarray, np.ndarray]:

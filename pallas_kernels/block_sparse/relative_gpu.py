@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import entry
 from pallas_kernels.block_sparse import gpu
 from pallas_kernels.block_sparse.backward_gpu import rows_of, weights_of
-from pallas_kernels.block_sparse.gpu import Place, Problem
+from pallas_kernels.block_sparse.gpu import Place, Problem, Tokens
 from pallas_kernels.block_sparse.relative import Alike
 from pallas_kernels.block_sparse.tiling import Program
 from pallas_kernels.block_sparse.walk import Refs, in_turn
@@ -49,12 +49,12 @@ class _Row:
 
 
 def _in_row(p: Problem, r: Refs, b: Any) -> Refs:
-    """The arrays of a batch row, where they are as `_specs` has them."""
+    """The arrays of a batch row, where they are as `specs` has them."""
     rows = dict.fromkeys(_OF_ROWS, b) | dict.fromkeys(_OF_GROUPS, in_turn(b, p.groups, p.batch))
     return Refs({name: _Row(ref, rows[name]) if name in rows else ref for name, ref in r.items()})
 
 
-def _specs(p: Problem, operands: Mapping[str, jax.Array | None]) -> dict[str, pl.BlockSpec]:
+def specs(p: Problem, operands: Mapping[str, jax.Array | None]) -> dict[str, pl.BlockSpec]:
     """Of the same arrays with all batch rows, for a grid (any, and any number of times all query heads)."""
     found = gpu.specs(p, by_key=False)
     for name in (*_OF_ROWS, *_OF_GROUPS):
@@ -65,27 +65,42 @@ def _specs(p: Problem, operands: Mapping[str, jax.Array | None]) -> dict[str, pl
     return found
 
 
+def gradient(p: Problem, r: Refs, b: Any, n: Any, rows: Tokens, columns: Tokens, *, masked: bool) -> jax.Array:
+    """dy of a tile of a batch row and head."""
+    own, at = _in_row(p, r, b), Place(b, n, rows, columns)
+    q, do = gpu.load(own.query, at.q, p.width), gpu.load(own.out_gradient, at.q, p.value_width)
+    k, v = gpu.load(own.key, at.kv, p.width), gpu.load(own.value, at.kv, p.value_width)
+    read = gpu.reads(p, b, n, lambda i, flat: r[f"captured{i}"][flat])
+    _, gradients = weights_of(p, own, at, gpu.dot(p, q, k, (1, 1)), rows_of(p, own, at.q), read, masked=masked)
+    dy, _ = gradients(gpu.dot(p, do, v, (1, 1)))
+    return dy
+
+
+def program(p: Problem) -> Program:
+    """That of the gradients of queries, which loads these in every turn too.
+
+    It may have so much of queries and keys ahead as the other has of keys.
+    """
+    t = p.blocks.queries
+    ahead = (t.q + t.stages * t.kv) // (t.q + t.kv)
+    return dataclasses.replace(t, stages=max(1, ahead))
+
+
 def _kernel(p: Problem, t: Program, shares: int, r: Refs) -> None:
     """What a share of the pairs of blocks of a kind gives to a head's table, for one tile of such pairs."""
     across = p.blocks.block_kv // t.kv
-    kind, part = _divided(pl.program_id(0), p.blocks.block_q // t.q * across)
-    (share, n), (down, right) = _divided(pl.program_id(1), p.heads), _divided(part, across)
+    kind, part = divided(pl.program_id(0), p.blocks.block_q // t.q * across)
+    (share, n), (down, right) = divided(pl.program_id(1), p.heads), divided(part, across)
     count = r.pairs[kind]
 
-    def tiles(pair: Any) -> tuple[gpu.Tokens, gpu.Tokens]:
+    def tiles(pair: Any) -> tuple[Tokens, Tokens]:
         row, col = r.row[kind, pair] * p.blocks.block_q, r.col[kind, pair] * p.blocks.block_kv
         return gpu.queries(p, row + down * t.q, t.q), gpu.keys(p, col + right * t.kv, t.kv)
 
     def visit(i: Any, sums: jax.Array) -> jax.Array:
-        turn, pair = _divided(share + i * shares, count)
+        turn, pair = divided(share + i * shares, count)
         b = turn * p.list_rows + r.list_row[kind, pair]
-        own, at = _in_row(p, r, b), Place(b, n, *tiles(pair))
-        q, do = gpu.load(own.query, at.q, p.width), gpu.load(own.out_gradient, at.q, p.value_width)
-        k, v = gpu.load(own.key, at.kv, p.width), gpu.load(own.value, at.kv, p.value_width)
-        read = gpu.reads(p, b, n, lambda i, flat: r[f"captured{i}"][flat])
-        _, gradients = weights_of(p, own, at, gpu.dot(p, q, k, (1, 1)), rows_of(p, own, at.q), read, masked=True)
-        dy, _ = gradients(gpu.dot(p, do, v, (1, 1)))
-        return sums + dy
+        return sums + gradient(p, r, b, n, *tiles(pair), masked=True)
 
     turns = jax.lax.div(p.batch // p.list_rows * count - share + shares - 1, jnp.int32(shares))
     sums = jax.lax.fori_loop(0, turns, visit, jnp.zeros((t.q, t.kv), jnp.float32))
@@ -102,17 +117,14 @@ def _kernel(p: Problem, t: Program, shares: int, r: Refs) -> None:
     plgpu.store(r.dtable.at[tuple(jnp.broadcast_to(x, inside.shape) for x in at)], sums, mask=inside)
 
 
-def _divided(x: Any, by: Any) -> tuple[Any, Any]:
+def divided(x: Any, by: Any) -> tuple[Any, Any]:
     by = jnp.int32(by)
     return jax.lax.div(x, by), jax.lax.rem(x, by)
 
 
 def backward(p: Problem, alike: Alike, operands: Mapping[str, jax.Array | None]) -> jax.Array:
     """The gradient of the table `[N, entries]`; what the kernel does not write to is 0."""
-    t = p.blocks.queries
-    # It loads queries in every turn too, and may have so much of them ahead as the other program has of keys.
-    ahead = (t.q + t.stages * t.kv) // (t.q + t.kv)
-    t = dataclasses.replace(t, stages=max(1, ahead))
+    t = program(p)
     (kinds, most), rows = alike.row.shape, p.batch // p.list_rows
     tiles = kinds * (p.blocks.block_q // t.q) * (p.blocks.block_kv // t.kv)
     shares = max(1, min(-(-PROGRAMS // (tiles * p.heads)), rows * most))
@@ -129,7 +141,7 @@ def backward(p: Problem, alike: Alike, operands: Mapping[str, jax.Array | None])
         alike,
         {**operands, "zeros": zeros},
         {"dtable": (shape, jnp.float32)},
-        _specs(p, operands) | dict.fromkeys(("zeros", "dtable"), pl.BlockSpec(shape, lambda *_: (0,) * 4)),
+        specs(p, operands) | dict.fromkeys(("zeros", "dtable"), pl.BlockSpec(shape, lambda *_: (0,) * 4)),
         listed=p.heads * rows * kinds * most,
         products=p.width + p.value_width,
         begun={"zeros": "dtable"},

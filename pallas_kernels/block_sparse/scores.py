@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse import addends, distances, dropout, intervals, marks, walk
+from pallas_kernels.block_sparse import addends, dropout, intervals, marks, strips, walk
 from pallas_kernels.block_sparse.intervals import Test
 from pallas_kernels.block_sparse.lists import EDGE, FULL, PARTIAL
 from pallas_kernels.block_sparse.tiling import LANES
@@ -32,7 +32,8 @@ from pallas_kernels.block_sparse.walk import Problem, Refs, Step, iota
 LOG2E = math.log2(math.e)
 INDICES = (
     "captured: the kernel keeps captured arrays in scalar memory and reads them by one scalar index per axis, such as "
-    "slopes[head]; {} is none (on TPU, a table of distances may be read as table[head, kv_pos - q_pos + c])"
+    "slopes[head]; {} is none (a function that does nothing but add a number for every distance may read a table as "
+    "table[head, kv_pos - q_pos + c])"
 )
 
 
@@ -118,8 +119,8 @@ def product(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
 def biased(p: Problem, refs: Refs, x: jax.Array, at: Place, rows: slice, columns: slice) -> jax.Array:
     """y times its factor, from what `product` gives: scaled, if that is to be done, and with what rows are added."""
     x = x if is_prepared(p) else x * (p.scale * _factor(p))
-    if refs.strips is not None:
-        x = x + distances.tile(refs.strips, origin(p, at.step), rows, columns)
+    if p.strip is not None:
+        x = x + strips.tile(p.strip, refs.strips, origin(p, refs, at.step), rows, columns)
     by_key = []
     if refs.kv_bias is not None:
         bias = refs.kv_bias[:, columns]
@@ -129,14 +130,26 @@ def biased(p: Problem, refs: Refs, x: jax.Array, at: Place, rows: slice, columns
     return x + sum(by_key) * _factor(p) if by_key else x
 
 
-def origin(p: Problem, step: Step) -> Any:
-    """Where the logits of a pair of blocks begin in a strip of `distances`."""
-    return step.kv_start - step.q_start + (p.rows * p.tiling.block_q - LANES)
+def origin(p: Problem, refs: Refs, step: Step) -> Any:
+    """Where the logits of a pair of blocks, or a part of it, begin in a strip."""
+    part = step.kv_start - step.col * p.tiling.block_kv
+    return refs.table[p.rows + step.col] - refs.table[step.row] + part
 
 
-def strips(p: Problem, numbers: jax.Array | None) -> jax.Array | None:
-    """The numbers of distances as `biased` adds them."""
-    return None if numbers is None else distances.strips(numbers * _factor(p))
+def lines(p: Problem, numbers: jax.Array | None) -> jax.Array | None:
+    """The numbers for distances as `biased` adds them."""
+    return None if numbers is None else numbers * _factor(p)
+
+
+def begin_head(p: Problem, refs: Refs) -> None:
+    """The strip of a head."""
+    if p.strip is not None:
+        strips.make(p.strip, refs.lines, refs.sources, refs.strips)
+
+
+def head_scratch(p: Problem) -> dict[str, Any]:
+    """Where `begin_head` puts it."""
+    return {} if p.strip is None else {"strips": pltpu.VMEM((p.strip.rows, p.strip.lanes), jnp.float32)}
 
 
 def addend(p: Problem, step: Step, begin: Callable[[], Callable[[int, Any], Any]]) -> addends.Addend:

@@ -48,6 +48,11 @@ class Tiling:
     vmem: int
     resident: int
 
+    @property
+    def most(self) -> int:
+        """Bytes of it for all that stays, beside the blocks of a grid step."""
+        return self.vmem * 3 // 4
+
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
@@ -57,12 +62,15 @@ class _Chip:
     backward: Tile
     wide: bool  # matrix units of 256 x 256
     vmem: int
+    resident: int
     overhead: float  # of a grid step, forward and backward, in the time of 512 x 512 pairs
 
 
-_V5 = _Chip(1024, 2048, Tile(512, 512, 1), Tile(512, 512, 1), wide=False, vmem=128 * 2**20, overhead=0.35)
-_V6 = _Chip(1024, 2048, Tile(256, 512, 2), Tile(256, 512, 1), wide=True, vmem=128 * 2**20, overhead=1.1)
-_V7 = dataclasses.replace(_V6, forward=Tile(256, 512, 1), vmem=64 * 2**20)
+_LARGE: Any = {"vmem": 128 * 2**20, "resident": 64 * 2**20}
+_V5 = _Chip(1024, 2048, Tile(512, 512, 1), Tile(256, 256, 2), wide=False, overhead=0.35, **_LARGE)
+_V5P = dataclasses.replace(_V5, vmem=64 * 2**20, resident=40 * 2**20)
+_V6 = _Chip(1024, 2048, Tile(256, 512, 2), Tile(256, 256, 2), wide=True, overhead=1.1, **_LARGE)
+_V7 = dataclasses.replace(_V6, forward=Tile(256, 512, 1), vmem=64 * 2**20, resident=32 * 2**20)
 
 
 def choose(
@@ -102,7 +110,7 @@ def choose(
         ones=chip.wide and narrow and value_width <= LANES,
         split=chip.wide and narrow and width <= LANES,
         vmem=chip.vmem * 7 // 8,
-        resident=chip.vmem // 2,
+        resident=chip.resident,
     )
 
 
@@ -124,6 +132,11 @@ def cost(steps: Any, block_q: Any, block_kv: Any) -> Any:
     return steps * (block_q * block_kv / 512**2 + _chip(_kind()).overhead)
 
 
+def room() -> int:
+    """Bytes of on-chip memory for numbers of a head that logits get, beside which their gradients take as many."""
+    return _chip(_kind()).vmem // 3
+
+
 def _kind() -> str:
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
@@ -134,7 +147,9 @@ def _kind() -> str:
 def _chip(kind: str) -> _Chip:
     if "v6" in kind:
         return _V6
-    return _V7 if "7" in kind else _V5
+    if "7" in kind:
+        return _V7
+    return _V5P if kind in ("TPU v5", "TPU v5p") else _V5
 
 
 def _within(length: int, block: int) -> int:
@@ -194,6 +209,14 @@ def widest(dtype: Any) -> int:
     return max(_NARROW if jnp.dtype(dtype) == jnp.bfloat16 else _FLOAT32)
 
 
+def largest_block(q_len: int, kv_len: int) -> int:
+    """What the blocks have that are chosen on a GPU, of queries and keys alike, where they are not shorter."""
+    size = 128
+    while -(-q_len // size) * -(-kv_len // size) > MOST_PAIRS:
+        size *= 2
+    return size
+
+
 def choose_blocks(
     q_len: int,
     kv_len: int,
@@ -211,12 +234,9 @@ def choose_blocks(
       block_q, block_kv: of lists that are there already; `None` chooses, within the lengths.
       shared: bytes of shared memory of a program; `None` asks the device.
     """
-    size = 128
-    while -(-q_len // size) * -(-kv_len // size) > MOST_PAIRS:
-        size *= 2
 
     def within(length: int) -> int:
-        return min(size, _power(length))
+        return min(largest_block(q_len, kv_len), _power(length))
 
     block_q, block_kv = block_q or within(q_len), block_kv or within(kv_len)
     by_width = _NARROW if jnp.dtype(dtype) == jnp.bfloat16 else _FLOAT32

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse import distances
 from pallas_kernels.block_sparse.lists import col_of, row_of
 from pallas_kernels.block_sparse.marks import Marks
+from pallas_kernels.block_sparse.strips import Strip
 from pallas_kernels.block_sparse.tiling import LANES, Tiling
 
 Indices = Callable[..., Any]
@@ -39,6 +39,7 @@ class Problem:
       axes: of the coordinates that windows are of, 0 without; `groups` batch rows in turn have windows of their own.
       marks: where windows are penalties of queries; `None`: they are compared.
       guards: the guard bits of windows whose axes are compared all at once, 0 where they are not.
+      strip: where the numbers for distances are that logits get; `None`: they get none.
       adds: the score function is the score and an addend, see `addends`.
       captured: shapes of the arrays that the score function reads; `reads`: how often it reads a floating-point one.
     """
@@ -70,6 +71,7 @@ class Problem:
     groups: int
     marks: Marks | None
     guards: int
+    strip: Strip | None
     interpret: bool
 
     @property
@@ -94,9 +96,9 @@ class Problem:
         return self.score_mod is not None and not self.adds
 
     @property
-    def lanes(self) -> int:
-        """Of the strips of `distances`."""
-        return distances.length(self.rows * self.tiling.block_q, self.columns * self.tiling.block_kv)
+    def codes(self) -> int:
+        """How many codes of blocks, of queries and then of keys, stand before a list: where they are in a strip."""
+        return 0 if self.strip is None else self.rows + self.columns
 
     @property
     def ones_width(self) -> int:
@@ -113,10 +115,12 @@ class Problem:
 
 
 class Step(NamedTuple):
-    """A step of the grid: its batch row and query head, where its blocks begin, and of what kind the pair is."""
+    """A step of the grid: its batch row and query head, its blocks, where they begin, and of what kind the pair is."""
 
     b: Any
     n: Any
+    row: Any
+    col: Any
     q_start: Any
     kv_start: Any
     kind: Any
@@ -161,14 +165,10 @@ def parts(size: int, part: int) -> list[slice]:
     return [slice(i, i + part) for i in range(0, size, part)]
 
 
-def ahead(units: Sequence[Any], lag: int, begin: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
-    """Every unit and what `begin` makes of it, begun `lag` units ahead of its turn."""
-    begun: dict[Any, Any] = {}
-    for i, unit in enumerate(units):
-        for later in units[i : i + lag + 1]:
-            if later not in begun:
-                begun[later] = begin(later)
-        yield unit, begun.pop(unit)
+def staggered[T](units: Sequence[T], lag: int) -> Iterator[tuple[T | None, T | None]]:
+    """Every unit twice: first to be begun, and `lag` turns later second, to be ended; `None` at the ends."""
+    none = [None] * lag
+    return zip([*units, *none], [*none, *units], strict=True)
 
 
 def code_at(p: Problem, table: Any, b: Any, n: Any, a: Any, steps: int) -> Any:
@@ -176,7 +176,7 @@ def code_at(p: Problem, table: Any, b: Any, n: Any, a: Any, steps: int) -> Any:
     which = n // (p.heads // p.list_heads)
     if p.list_rows > 1:
         which += in_turn(b, p.list_rows, p.batch) * p.list_heads
-    return table[which * steps + jnp.clip(a, 0, steps - 1)]
+    return table[p.codes + which * steps + jnp.clip(a, 0, steps - 1)]
 
 
 def in_turn(b: Any, rows: int, batch: int) -> Any:
@@ -188,14 +188,14 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
     """Blocks of the kinds of arrays."""
     t = p.tiling
 
-    def block(sizes: tuple[int | None, ...], index: Indices, **options: Any) -> pl.BlockSpec:
+    def block(sizes: tuple[int | None, ...], index: Indices) -> pl.BlockSpec:
         def at(*places: Any) -> Any:
             *ids, table = places
             b, n, a = where(*ids)
             code = code_at(p, table, b, n, a, steps)
             return index(b, n, row_of(code), col_of(code))
 
-        return pl.BlockSpec(sizes, at, **options)
+        return pl.BlockSpec(sizes, at)
 
     def query(width: int) -> pl.BlockSpec:
         return block((None, t.block_q, width), lambda b, n, row, col: (b, row, n))
@@ -219,10 +219,16 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
         **dict.fromkeys(("low", "high"), block((None, p.axes, t.block_q), lambda b, n, row, col: (group(b), 0, row))),
         "ends": block((None, 2, t.block_q), lambda b, n, row, col: (group(b), 0, row)),
         "place": block((p.axes, t.block_kv), lambda b, n, row, col: (0, col)),
-        # Large, and another one for each head alone: it is not held twice.
-        "strips": block((None, LANES, p.lanes), lambda b, n, row, col: (n, 0, 0), pipeline_mode=pl.Buffered(1)),
+        **({} if p.strip is None else _strip_specs(p.strip, block)),
         **dict.fromkeys(("sinks", "seed", "in_order"), scalars),
         **{f"captured{i}": scalars for i in range(len(p.captured))},
+    }
+
+
+def _strip_specs(strip: Strip, block: Callable[..., pl.BlockSpec]) -> dict[str, pl.BlockSpec]:
+    return {
+        "lines": block((None, strip.patterns, strip.reach + strip.lanes), lambda b, n, row, col: (n, 0, 0)),
+        "sources": pl.BlockSpec((strip.rows, strip.later), lambda *ids: (0, 0)),
     }
 
 
@@ -254,7 +260,7 @@ def call(
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
     pairs = p.batch * p.heads * p.steps * p.tiling.block_q * p.tiling.block_kv
     return pl.pallas_call(
-        lambda table, *refs: kernel(table, Refs(zip(names, refs, strict=True))),
+        lambda table, *refs: kernel(table, Refs(zip(("table", *names), (table, *refs), strict=True))),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,

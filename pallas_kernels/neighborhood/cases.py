@@ -52,6 +52,25 @@ def cases(target: str) -> dict[str, Case]:
     }
 
 
+def wide(target: str) -> dict[str, Case]:
+    """On TPU, windows wider than one pass takes, with and without a trained bias of relative positions.
+
+    python -m pallas_kernels.lab report --module pallas_kernels.neighborhood.cases:wide
+    """
+    calls: Any = {
+        "line": ((8192,), (1023,), (512,), 64),
+        "image": ((64, 64), (25, 25), (16, 64) if target in ("v6e", "tpu7x") else (32, 16), 64),
+        "volume": ((16, 32, 32), (7, 15, 15), (16, 8, 8), 128),
+    }
+    if target in ("v5e", "v6e"):  # the on-chip memory of others holds no numbers for such windows
+        calls["video"] = (30, 48, 80), (18, 24, 24), (4, 8, 16), 128
+    return {
+        f"{name}{'-bias' * biased}": _case(target, grid, window, tile, heads=2, width=width, biased=biased)
+        for name, (grid, window, tile, width) in calls.items()
+        for biased in (False, True)
+    }
+
+
 def _case(
     target: str,
     grid: tuple[int, ...],

@@ -35,6 +35,17 @@ def test_windows_without_a_channel_to_ride_in_take_little_longer_on_v5e(tmp_path
         assert full < windows <= 1.1 * full
 
 
+def test_a_bias_of_wide_windows_takes_little_longer_on_v5e(tmp_path, lab):
+    """Windows of 25 x 25: a grid step forward and backward, with the gradients of the bias."""
+    found = tmp_path / "figures.json"
+    wide = "pallas_kernels.neighborhood.cases:wide"
+    lab("report", "--module", wide, "--targets", "v5e", "--only", "image*", "--json", found)
+    cases = {row["case"]: row["kernels"] for row in json.loads(found.read_text())["rows"]}
+    assert set(cases) == {"image", "image-bias"}
+    for plain, biased in zip(cases["image"], cases["image-bias"], strict=True):
+        assert biased["step_bundles"] <= 1.05 * plain["step_bundles"]
+
+
 def test_one_pass_takes_less_time_than_tiles_on_v6e(tmp_path, lab):
     """Forward and backward of the windows of NAT-Mini, which take a sixth of the time; little is moved twice."""
     found = tmp_path / "figures.json"

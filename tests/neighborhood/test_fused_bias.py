@@ -267,7 +267,6 @@ def call(**changes):
     ("changes", "error", "message"),
     [
         ({}, None, ""),
-        ({"platform": "tpu"}, NotImplementedError, "rel_bias: these kernels have it on GPU alone"),
         ({"windows": None}, ValueError, "relative: expected windows too"),
         ({"table": (3, 5)}, ValueError, r"expected a table \[2, a size for each of 1 axes\] and place \[1, 32\], got"),
         ({"table": (2, 5, 5)}, ValueError, r"got \[2, 5, 5\] and \[1, 32\]"),
@@ -279,8 +278,6 @@ def call(**changes):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_bias_that_does_not_belong_to_the_call(changes, error, message):
-    if changes.get("platform") == "tpu":
-        changes = changes | {"block_q": 128, "block_kv": 128}
     if error is None:
         assert call(**changes)[0].shape == (1, 32, 2, 16)
         return
@@ -296,7 +293,7 @@ def test_lists_and_blocks_that_have_no_kinds():
     with pytest.raises(ValueError, match=r"by_row: .* expected lists of all heads as arrays of NumPy"):
         call(by_row=of_heads, by_col=None)
     place = np.arange(32, dtype=np.int32)[None] + 5
-    with pytest.raises(ValueError, match=r"windows: .* expected blocks of 16 keys that are boxes of a grid"):
+    with pytest.raises(ValueError, match=r"windows: .* expected blocks of 16 tokens that are boxes of a grid"):
         call(windows=Windows(place[None], place[None], place))
     ones = np.ones((1, 1, 1), int)
     lists = BlockLists(np.zeros((1, 1, 1, 1), int), ones, ones)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -312,8 +313,11 @@ def test_it_is_taken_where_it_takes_less_time(monkeypatch):
     """Windows of 7 in one pass, in bands where the chip does not hold an image; not those as wide as a large tile."""
     monkeypatch.undo()
 
-    def taken(grid, window, heads=4, width=32, **options):
+    def taken(grid, window, heads=4, width=32, biased=False, **options):
         x = fused.Operands(*[jax.ShapeDtypeStruct((1, *grid, heads, width), jnp.bfloat16)] * 3)
+        if biased:
+            sizes = (2 * w - 1 for w in (window if isinstance(window, tuple) else (window,) * len(grid)))
+            x = x._replace(rel_pos_bias=jax.ShapeDtypeStruct((heads, *sizes), jnp.float32))
         neighborhood = Neighborhood(window).on(grid)
         found = fused._in_one_pass("tpu", x, neighborhood, fused.Score(1.0, None), options.get("q_tile"), None)
         return found is not None
@@ -328,6 +332,10 @@ def test_it_is_taken_where_it_takes_less_time(monkeypatch):
     assert not taken((32768,), 2048)
     assert not taken((5, 7, 11), 3)
     assert not taken((56, 56), 7, q_tile=(8, 16))
+    for grid, window in (((56, 56), 7), ((14, 14), 7), ((64, 64), 13), ((16, 28, 28), (3, 7, 7))):
+        assert taken(grid, window, biased=True)
+    for grid, window in (((32, 32), 21), ((64, 64), 25), ((16, 32, 32), (7, 15, 15))):
+        assert not taken(grid, window, biased=True)
 
 
 @pytest.mark.parametrize(
@@ -351,9 +359,17 @@ def test_a_bias_that_is_not_taken_in_one_pass(changes, message):
     window = changes.pop("window", 3)
     x = dict.fromkeys(("query", "key", "value"), shape) | changes
     bias = jax.ShapeDtypeStruct((x["query"].shape[-2], *[2 * window - 1] * len(grid)), jnp.float32)
-    call = {"kernel_size": window, "implementation": "pallas_tpu"} | {n: x.pop(n) for n in ("kv_tile",) if n in x}
-    with pytest.raises(NotImplementedError, match=f"rel_pos_bias: the kernels take one in one pass alone; {message}"):
-        jax.eval_shape(lambda x, bias: jattn.neighborhood_attention(**x, rel_pos_bias=bias, **call), x, bias)
+    kv_tile = x.pop("kv_tile", None)
+    operands = fused.Operands(**x, rel_pos_bias=bias)
+    call = {"neighborhood": Neighborhood(window).on(grid), "score": fused.Score(1.0, None), "kv_tile": kv_tile}
+    with pytest.raises(NotImplementedError, match=message):
+        fused._one_pass("tpu", operands, **call, q_tile=None)
+    check = functools.partial(fused.check_fused_neighborhood, "tpu", **call, q_tile=None)
+    if shape.dtype == jnp.float16:  # the others are taken over tiles
+        with pytest.raises(NotImplementedError, match=f"; and in one pass: {message}"):
+            jax.eval_shape(check, operands)
+    else:
+        jax.eval_shape(check, operands)
 
 
 def test_inside_shard_map():
