@@ -16,7 +16,7 @@ every grid step, and the backward walk computes the states between again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -132,28 +132,28 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
             dz0_ref,
             *more,
         ) = rest
-        *more, states, z, dz, carried = more
+        *more, states, z, dz, gradient = more
     else:
-        start_ref, dend_ref, dq_ref, dk_ref, dv_ref, d0_ref, *more, states, carried = rest
+        start_ref, dend_ref, dq_ref, dk_ref, dv_ref, d0_ref, *more, states, gradient = rest
     step = p.steps - 1 - pl.program_id(2)
     size, t = p.tiling.chunk, p.tiling
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        carried[...] = dend_ref[0]
+        gradient[...] = dend_ref[0]
         if divided:
             dz[...] = dz_end_ref[0, 0]
 
     weights = walk.weights(p, gate_refs)
     part = functools.partial(walk.part, p, step=step)
 
-    for h in range(t.heads):
-        states[0, h] = start_ref[0, 0, h]
     if divided:
         z[0] = z_start_ref[0, 0, 0]
-    # The state after the last chunk is wanted only by the gradient of the gates.
-    for c in range(t.chunks if with_gates else t.chunks - 1):
-        for h in range(t.heads):
+
+    def again(h: int) -> None:
+        """The states of head `h` after every chunk; the last one is wanted only by the gradient of the gates."""
+        states[0, h] = start_ref[0, 0, h]
+        for c in range(t.chunks if with_gates else t.chunks - 1):
             w = weights(c, h)
             k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
             written = walk.dot(k, (v * w.write[:, : p.value_width]).astype(v.dtype), (0, 0))
@@ -161,12 +161,14 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
             if divided:
                 z[c + 1, h : h + 1] = _next_z(p, z[c, h : h + 1], k, w)
 
-    gradient = [carried[h] for h in range(t.heads)]
-
     @functools.cache
     def columns(c: int) -> tuple[jax.Array, jax.Array]:
         """1 / d and dd, a column for every query head."""
         return inverse_ref[0, 0, :, c * size : (c + 1) * size].T, dd_ref[0, 0, :, c * size : (c + 1) * size].T
+
+    def of_z(unit: tuple[int, int], n: int, w: walk.Weights) -> jax.Array:
+        """What z before the chunk is multiplied by in the divisors of query head `n`, times their gradients."""
+        return p.scale * columns(unit[0])[1][:, n : n + 1] * w.read[:, : p.width]
 
     def begin(unit: tuple[int, int]) -> Any:
         c, h = unit
@@ -184,57 +186,75 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
             by_query.append((a, b, (do * read[:, : p.value_width]).astype(do.dtype)))
         return w, (v * w.write[:, : p.value_width]).astype(v.dtype), by_query
 
-    units = [(c, h) for c in reversed(range(t.chunks)) for h in range(t.heads)]
-    sums: list[jax.Array] = []
-    for (c, h), (w, written, by_query) in walk.interleaved(units, t.lag, begin):
+    def end(unit: tuple[int, int], w: walk.Weights, written: jax.Array, by_query: Any) -> Callable[[], None]:
+        """Gradients of the key, the value and the state; what is returned does those of the queries and the gates."""
+        c, h = unit
         rows = slice(c * size, (c + 1) * size)
         k = part(k_ref, c, h, p.width)
-        entered = states[c, h].astype(k.dtype)
         left = gradient[h].astype(k.dtype)
         dk = walk.dot(written, left, (1, 1))
         dv = w.write[:, : p.value_width] * walk.dot(k, left)
         gradient_before = w.total[:, : p.value_width] * gradient[h]
-        by_row = jnp.zeros((size, p.width), jnp.float32)
+        z_left: Any = dz[h : h + 1] if divided else None
         if divided:
-            z_left = dz[h : h + 1]
             dk += w.write[:, : p.width] * z_left
-            z_before = w.total[:, : p.width] * z_left
-        for r, (a, b, read) in enumerate(by_query):
-            n = h * p.group + r
-            q, do = part(q_ref, c, n, p.width), part(do_ref, c, n, p.value_width)
-            dq = walk.dot(b, k) + walk.dot(read, entered, (1, 1))
-            dk += walk.dot(b, q, (0, 0))
-            dv += walk.dot(a, do, (0, 0))
-            gradient_before += walk.dot(q, read, (0, 0))
-            if divided:
-                of_z = p.scale * columns(c)[1][:, n : n + 1] * w.read[:, : p.width]
-                dq += of_z * z[c, h : h + 1]
-                z_before += jnp.sum(q * of_z, axis=0, keepdims=True)
-            by_row += q * dq
-            if p.eps is not None and p.eps[1]:
-                dq += p.scale * p.eps[1] * columns(c)[1][:, n : n + 1]
-            dq_ref[0, rows, n * p.width : (n + 1) * p.width] = dq.astype(dq_ref.dtype)
-        dk_ref[0, rows, h * p.width : (h + 1) * p.width] = dk.astype(dk_ref.dtype)
-        dv_ref[0, rows, h * p.value_width : (h + 1) * p.value_width] = dv.astype(dv_ref.dtype)
-        if with_gates:
-            last = walk.iota((size, 1), 0) == size - 1
-            # The rounded gradient, for that is what dk holds, and most of them cancels.
-            at_end = jnp.sum(states[c + 1, h] * left, keepdims=True)
-            if divided:
-                at_end += jnp.sum(z[c + 1, h : h + 1] * z_left, keepdims=True)
-            sums.append(jnp.sum(by_row - k * dk, axis=1, keepdims=True) + jnp.where(last, at_end, 0))
-            if len(sums) == t.heads:
-                more[0][0, 0, :, rows] = jnp.concatenate(sums, axis=1).T
-                sums.clear()
+        for r, (_, _, read) in enumerate(by_query):
+            gradient_before += walk.dot(part(q_ref, c, h * p.group + r, p.width), read, (0, 0))
         gradient[h] = gradient_before
+        for r, (_, b, _) in enumerate(by_query):
+            dk += walk.dot(b, part(q_ref, c, h * p.group + r, p.width), (0, 0))
+        dk_ref[0, rows, h * p.width : (h + 1) * p.width] = dk.astype(dk_ref.dtype)
+        for r, (a, _, _) in enumerate(by_query):
+            dv += walk.dot(a, part(do_ref, c, h * p.group + r, p.value_width), (0, 0))
+        dv_ref[0, rows, h * p.value_width : (h + 1) * p.value_width] = dv.astype(dv_ref.dtype)
+        of_key = k * dk
         if divided:
+            z_before = w.total[:, : p.width] * z_left
+            for r in range(p.group):
+                n = h * p.group + r
+                z_before += jnp.sum(part(q_ref, c, n, p.width) * of_z(unit, n, w), axis=0, keepdims=True)
             dz[h : h + 1] = z_before
-    for h in range(t.heads):
-        carried[h] = gradient[h]
+
+        def of_queries() -> None:
+            entered = states[c, h].astype(k.dtype)
+            by_row = jnp.zeros((size, p.width), jnp.float32)
+            for r, (_, b, read) in enumerate(by_query):
+                n = h * p.group + r
+                dq = walk.dot(b, k) + walk.dot(read, entered, (1, 1))
+                if divided:
+                    dq += of_z(unit, n, w) * z[c, h : h + 1]
+                by_row += part(q_ref, c, n, p.width) * dq
+                if p.eps is not None and p.eps[1]:
+                    dq += p.scale * p.eps[1] * columns(c)[1][:, n : n + 1]
+                dq_ref[0, rows, n * p.width : (n + 1) * p.width] = dq.astype(dq_ref.dtype)
+            if with_gates:
+                # The rounded gradient, for that is what dk holds, and most of them cancels.
+                at_end = jnp.sum(states[c + 1, h] * left, keepdims=True)
+                if divided:
+                    at_end += jnp.sum(z[c + 1, h : h + 1] * z_left, keepdims=True)
+                # Turned first, sums lie along the lanes as they are stored, and no head waits for the others.
+                sums = jnp.sum((by_row - of_key).T, axis=0, keepdims=True)
+                more[0][0, 0, h : h + 1, rows] = sums + jnp.where(walk.iota((1, size), 1) == size - 1, at_end, 0)
+
+        return of_queries
+
+    # The compiler keeps the order of products. At the head of it, those of the states stand among those of the last
+    # chunk, a head ahead of the queries that read them, and queries come a unit late: neither waits for what it reads.
+    units = [(c, h) for c in reversed(range(t.chunks)) for h in range(t.heads)]
+    late: Callable[[], None] | None = None
+    for i, (unit, begun) in enumerate(walk.interleaved(units, t.lag, begin)):
+        for h in range(t.heads)[i + 1 if i else 0 : i + 2]:
+            again(h)
+        of_queries = end(unit, *begun)
+        if late is not None:
+            late()
+        late = of_queries
+    assert late is not None
+    late()
 
     @pl.when(pl.program_id(2) == p.steps - 1)
     def _() -> None:
-        d0_ref[0] = carried[...]
+        d0_ref[0] = gradient[...]
         if divided:
             dz0_ref[0, 0] = dz[...]
 
