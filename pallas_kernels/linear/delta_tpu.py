@@ -13,6 +13,9 @@ are left to cancel. Backward, with the gradient dS' of the state after the chunk
     dk_column = dg^T k + da^T q + (u * write) dS'^T       dk = dk_row + dk_column
     db  = rowsum(q * dq + k * dk_row - k * dk_column), and the last row of db gains sum(S' * dS')
     dS  = total dS' + scale q^T (do * read) - k^T (dr * read)
+
+The compiler keeps the order of products. To solve a system is much elementwise work and few products, so the units are
+written side by side, each chunk `DELAY` turns behind the one before it: one is solved among the products of others.
 """
 
 from __future__ import annotations
@@ -27,8 +30,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import walk
-from pallas_kernels.linear.solve import unit_lower_inverses
+from pallas_kernels.linear.solve import ELIMINATED, unit_lower_inverse
 from pallas_kernels.linear.walk import Problem, dot
+
+DELAY = 3
+"""Turns between a chunk and the next; the state needs 2 of them."""
 
 
 def _betas(p: Problem, ref: Any, width: int) -> Callable[[int, int], tuple[jax.Array, jax.Array]]:
@@ -66,42 +72,39 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     def key(c: int, h: int) -> jax.Array:
         return walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
 
-    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
-    lowers, lhs = [], {}
-    for c, h in units:
+    def unit(c: int, h: int) -> Iterator[None]:
         w, k = weights(c, h), key(c, h)
         queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
-        scores = dot(jnp.concatenate([k, *queries], axis=0), k, (1, 1))
-        lowers.append(jnp.where(below, betas(c, h)[0] * scores[:size] * w.pair, 0))
-        for r, (q, n) in enumerate(zip(queries, p.outputs(h), strict=True), 1):
-            a = (scores[r * size : (r + 1) * size] * w.pair).astype(q.dtype)
-            lhs[c, n] = jnp.concatenate([a, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1)
-    inverses = dict(zip(units, unit_lower_inverses(lowers, p.dtype), strict=True))
-    solutions = {(c, h): (x * betas(c, h)[1]).astype(p.dtype) for (c, h), x in inverses.items()}
-
-    def turn(c: int, h: int) -> Iterator[None]:
+        alike, *scores = jnp.split(dot(jnp.concatenate([k, *queries], axis=0), k, (1, 1)), 1 + len(queries))
+        lower = jnp.where(below, betas(c, h)[0] * alike * w.pair, 0)
+        lhs = []
+        for q, score in zip(queries, scores, strict=True):
+            a = (score * w.pair).astype(q.dtype)
+            lhs.append(jnp.concatenate([a, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1))
+        yield
+        inverse = yield from unit_lower_inverse(lower, p.dtype)
+        solution = (inverse * betas(c, h)[1]).astype(p.dtype)
         if keep and c % keep == 0:
             outs[2][0, c // keep, h] = state[h]
-        w, k, v = weights(c, h), key(c, h), walk.part(p, v_ref, c, h, p.value_width, step=step)
+        v = walk.part(p, v_ref, c, h, p.value_width, step=step)
         entered = state[h].astype(p.dtype)
         rest = (v - dot((k * w.read[:, : p.width]).astype(p.dtype), entered)).astype(p.dtype)
         yield
-        u = dot(solutions[c, h], rest)
+        u = dot(solution, rest)
         yield
         state[h] = w.total[:, : p.value_width] * state[h] + dot(
             k, (u * w.write[:, : p.value_width]).astype(p.dtype), (0, 0)
         )
         yield
         rhs = jnp.concatenate([u.astype(p.dtype), entered], axis=0)
-        for n in p.outputs(h):
-            out = dot(lhs[c, n], rhs)
+        for a, n in zip(lhs, p.outputs(h), strict=True):
+            out = dot(a, rhs)
             if p.scale != 1:
                 out *= p.scale
             walk.put(p, o_ref, c, n, out)
 
     with walk.carried(p, carried, s0_ref, end_ref) as state:
-        for c in range(t.chunks):
-            walk.lockstep(turn(c, h) for h in range(t.heads))
+        walk.lockstep(walk.delayed(unit(c, h), c * DELAY) for c in range(t.chunks) for h in range(t.heads))
 
 
 def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
@@ -120,13 +123,13 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     def key(c: int, h: int) -> jax.Array:
         return part(k_ref, c, h // p.shared, p.width)
 
-    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
-    alike = {(c, h): dot(key(c, h), key(c, h), (1, 1)) * weights(c, h).pair for c, h in units}
-    alike = {unit: jnp.where(below, x, 0) for unit, x in alike.items()}
-    inverses = unit_lower_inverses([betas(*unit)[0][:, :size] * x for unit, x in alike.items()], p.dtype)
-    for (c, h), inverse in zip(units, inverses, strict=True):
-        pairs[c, h] = alike[c, h].astype(p.dtype)
+    def prepare(c: int, h: int) -> Iterator[None]:
+        alike = jnp.where(below, dot(key(c, h), key(c, h), (1, 1)) * weights(c, h).pair, 0)
+        pairs[c, h] = alike.astype(p.dtype)
+        yield
+        inverse = yield from unit_lower_inverse(betas(c, h)[0][:, :size] * alike, p.dtype)
         solutions[c, h] = inverse.astype(p.dtype)
+        yield from again(c, h)
 
     def again(c: int, h: int) -> Iterator[None]:
         w, k = weights(c, h), key(c, h)
@@ -142,38 +145,51 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
             added = dot(k, (u * w.write[:, : p.value_width]).astype(p.dtype), (0, 0))
             states[c + 1, h] = w.total[:, : p.value_width] * states[c, h] + added
 
-    for h in range(t.heads):
-        states[0, h] = start_ref[0, 0, h]
-    for c in range(t.chunks):
-        walk.lockstep(again(c, h) for h in range(t.heads))
-
     shared = walk.SharedSums(p)
-    columns: dict[tuple[str, int], jax.Array] = {}
+    of_queries: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    def read_weights(c: int, h: int) -> tuple[jax.Array, jax.Array]:
+        """Of (chunk, head), those of queries, times the scale: `pair` and, as wide as a value, `read`."""
+        w = weights(c, h)
+        pair, read = (p.scale * w.pair, p.scale * w.read) if p.scale != 1 else (w.pair, w.read)
+        return pair, read[:, : p.value_width]
+
+    def ask(c: int, h: int) -> Iterator[None]:
+        """What queries add to du and dS, which waits for no state."""
+        k, (pair, read) = key(c, h), read_weights(c, h)
+        queries = [part(q_ref, c, n, p.width) for n in p.queries(h)]
+        gradients = [part(do_ref, c, m, p.value_width) for m in p.outputs(h)]
+        scores = [(dot(q, k, (1, 1)) * pair).astype(p.dtype) for q in queries]
+        yield
+        du = sum(dot(a, do, (0, 0)) for a, do in zip(scores, gradients, strict=True))
+        yield
+        before = sum(dot(q, (do * read).astype(p.dtype), (0, 0)) for q, do in zip(queries, gradients, strict=True))
+        of_queries[c, h] = du, before
 
     def turn(c: int, h: int) -> Iterator[None]:
         w, k, u = weights(c, h), key(c, h), written[c, h]
         write = w.write[:, : p.value_width]
-        pair = p.scale * w.pair if p.scale != 1 else w.pair
-        read = p.scale * w.read if p.scale != 1 else w.read
+        pair, read = read_weights(c, h)
+        rows = slice(c * size, (c + 1) * size)
         entered, left = states[c, h].astype(p.dtype), gradient[h].astype(p.dtype)
-        du = write * dot(k, left)
-        queries = {n: part(q_ref, c, n, p.width) for n in p.queries(h)}
+        du_of_queries, before_of_queries = of_queries.pop((c, h))
+        du = write * dot(k, left) + du_of_queries
         by_query = []
-        for (n, q), m in zip(queries.items(), p.outputs(h), strict=True):
-            do = part(do_ref, c, m, p.value_width)
-            du += dot((dot(q, k, (1, 1)) * pair).astype(p.dtype), do, (0, 0))
+        for n, m in zip(p.queries(h), p.outputs(h), strict=True):
+            q, do = part(q_ref, c, n, p.width), part(do_ref, c, m, p.value_width)
             da = (dot(do, u, (1, 1)) * pair).astype(p.dtype)
-            by_query.append((n, q, da, (do * read[:, : p.value_width]).astype(p.dtype)))
+            by_query.append((n, q, da, (do * read).astype(p.dtype)))
         yield
         dy = dot(solutions[c, h], du.astype(p.dtype), (0, 0))
         error = rests[c, h] - dot(pairs[c, h], u)
         yield
         dr = betas(c, h)[0][:, : p.value_width] * dy
         walk.put(p, dv_ref, c, h, dr)
-        columns["beta", h] = jnp.sum(dy * error, axis=1, keepdims=True)
+        # Turned first, sums lie along the lanes as they are stored, and no head waits for the others.
+        rows_ref[0, 0, t.heads + h : t.heads + h + 1, rows] = jnp.sum((dy * error).T, axis=0, keepdims=True)
         erased = (dr * w.read[:, : p.value_width]).astype(p.dtype)
+        gradient[h] = w.total[:, : p.value_width] * gradient[h] - dot(k, erased, (0, 0)) + before_of_queries
         dg = jnp.where(below, -dot(dr.astype(p.dtype), u, (1, 1)) * w.pair, 0).astype(p.dtype)
-        before = w.total[:, : p.value_width] * gradient[h] - dot(k, erased, (0, 0))
         yield
         dk_row = dot(dg, k) - dot(erased, entered, (1, 1))
         dk_column = dot(dg, k, (0, 0)) + dot((u * write).astype(p.dtype), left, (1, 1))
@@ -183,24 +199,29 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         for n, q, da, read_by in by_query:
             dq = dot(da, k) + dot(read_by, entered, (1, 1))
             dk_column += dot(da, q, (0, 0))
-            before += dot(q, read_by, (0, 0))
             by_row += q * dq
             shared.add(dq_ref, dq, c, n, last=last)
         shared.add(dk_ref, dk_row + dk_column, c, h // p.shared, last=last)
-        columns["sum", h] = jnp.zeros((size, 1), jnp.float32)
+        sums = jnp.zeros((1, size), jnp.float32)
         if with_gates:
-            ends = walk.iota((size, 1), 0) == size - 1
             # The rounded gradient, for that is what the keys' gradients hold, and most of them cancels.
             at_end = jnp.sum(states[c + 1, h] * left, keepdims=True)
-            summed = jnp.sum(by_row - k * dk_column, axis=1, keepdims=True)
-            columns["sum", h] = summed + jnp.where(ends, at_end, 0)
-        gradient[h] = before
+            sums = jnp.sum((by_row - k * dk_column).T, axis=0, keepdims=True)
+            sums += jnp.where(walk.iota((1, size), 1) == size - 1, at_end, 0)
+        rows_ref[0, 0, h : h + 1, rows] = sums
 
+    units = [(c, h) for c in range(t.chunks) for h in range(t.heads)]
     with walk.carried(p, carried, dend_ref, d0_ref) as gradient:
-        for c in reversed(range(t.chunks)):
-            walk.lockstep(turn(c, h) for h in range(t.heads))
-            ordered = [columns[kind, h] for kind in ("sum", "beta") for h in range(t.heads)]
-            rows_ref[0, 0, :, c * size : (c + 1) * size] = jnp.concatenate(ordered, axis=1).T
+        for h in range(t.heads):
+            states[0, h] = start_ref[0, 0, h]
+        # A unit's queries ask once its elimination is over, a head a turn, for the joins leave the matrix units idle.
+        asked = (walk.delayed(ask(c, h), c * DELAY + ELIMINATED + h) for c, h in units)
+        walk.lockstep([*(walk.delayed(prepare(c, h), c * DELAY) for c, h in units), *asked])
+        # The gradient of the state is written in the third turn.
+        last = t.chunks - 1
+        walk.lockstep(
+            walk.delayed(turn(c, h), 2 * (last - c)) for c in reversed(range(t.chunks)) for h in range(t.heads)
+        )
 
 
 def forward(
