@@ -65,7 +65,7 @@ def linear_attention(
         log_decay = given_gates(log_decay, segment_ids)
     else:
         sizes = (batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
-        cut = blocks or tiling.choose(*sizes, large=log_decay.ndim == 4)
+        cut = blocks or tiling.choose(*sizes, of_channels=log_decay.ndim == 4)
         log_decay = given_gates(log_decay, segment_ids, per_token=per_token, step=cut.forward.tokens)
     call = Call(scale, out_dtype or query.dtype, platform, cut)
     operands = alike(query, key, value, log_decay, state)

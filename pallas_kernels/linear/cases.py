@@ -61,8 +61,8 @@ def _normalized(target: str) -> dict[str, Case]:
 
 def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...]) -> dict[str, Case]:
     cores, is_delta = CHIPS[target].cores, entry is delta
-    large = is_delta or len(gates) == 4
-    blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, large=large, cores=cores)
+    cut: Any = {"large": is_delta, "of_channels": len(gates) == 4, "cores": cores}
+    blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, **cut)
     call = Call(1.0, jnp.bfloat16, "tpu", blocks)
     token = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((BATCH, HEADS, WIDTH, WIDTH), jnp.float32)

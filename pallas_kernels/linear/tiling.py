@@ -58,13 +58,16 @@ def choose(
     *,
     shared: int = 1,
     large: bool = False,
+    of_channels: bool = False,
     cores: int | None = None,
 ) -> Tiling:
     """The cut for a problem: as many heads as fill whole lanes, fit and leave no core idle; then as many chunks.
 
     Args:
       shared: heads that have one query and key head.
-      large: for units of several times the work: the delta rule, decays of channels.
+      large: for units of several times the work, the delta rule's.
+      of_channels: for decays of channels, which are large too. A strong one makes its whole step slower, so that steps
+        of the forward walk are as short as backward.
       cores: of a device; `None` asks the device that is compiled for, where it is known.
     """
     chunk, size = LANES, jnp.dtype(dtype).itemsize
@@ -76,7 +79,7 @@ def choose(
     busy = [n for n in possible if batch * (heads // n) % cores == 0]
     together = max(busy or possible or [heads])
     # A float32 product is six passes of the matrix unit, and as much code.
-    units = (UNITS if size == 2 else UNITS // 4) // (2 if large else 1)
+    units = (UNITS if size == 2 else UNITS // 4) // (2 if large or of_channels else 1)
     chunks = max(min(units // (together * group), -(-length // chunk)), 1)
 
     def taken(chunks: int) -> int:
@@ -86,7 +89,7 @@ def choose(
 
     while chunks > 1 and taken(chunks) > VMEM // 2:
         chunks -= 1
-    return Tiling(chunk, chunks, together, LAG, 2 if chunks * chunk < length and not large else 1)
+    return Tiling(chunk, chunks, together, LAG, 2 if chunks * chunk < length and not of_channels else 1)
 
 
 def _cores() -> int:
