@@ -9,22 +9,16 @@ and then joined pair by pair, ((A, 0), (C, B))^-1 = ((A^-1, 0), (-B^-1 C A^-1, B
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear import walk
 from pallas_kernels.linear.walk import dot, every_second, iota, with_gaps
 
 ELIMINATED = 8
 SUBLANES = 8
-
-
-def unit_lower_inverses(lowers: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
-    """(I + lower)^-1 of each, all side by side: one alone would wait for itself most of the time."""
-    return walk.results(unit_lower_inverse(lower, dtype) for lower in lowers)
 
 
 def unit_lower_inverse(lower: jax.Array, dtype: Any) -> Generator[None, None, jax.Array]:

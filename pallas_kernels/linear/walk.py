@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -230,17 +230,6 @@ def delayed(stream: Iterator[None], turns: int) -> Iterator[None]:
     for _ in range(turns):
         yield
     yield from stream
-
-
-def results(streams: Iterable[Generator[None, None, Any]]) -> list[Any]:
-    """What generators return that run side by side."""
-    found: dict[int, Any] = {}
-
-    def kept(place: int, stream: Generator[None, None, Any]) -> Iterator[None]:
-        found[place] = yield from stream
-
-    lockstep(kept(place, stream) for place, stream in enumerate(streams))
-    return [found[place] for place in sorted(found)]
 
 
 def chunks(p: Problem, work: Callable[[Sequence[Any]], None], *, together: bool, backward: bool = False) -> None:
