@@ -136,7 +136,8 @@ def test_nothing_is_added_up_in_any_order():
     assert "scatter" not in found
 
 
-def test_inside_shard_map():
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_inside_shard_map(platform):
     """With checks of what varies, on abstract arrays."""
     x = arrays((13, 11), (3, 3))
     table = x.pop("rel_pos_bias")
@@ -144,7 +145,7 @@ def test_inside_shard_map():
     def each(x, table):
         operands = neighborhood.Operands(**x, rel_pos_bias=table)
         options = {"neighborhood": Neighborhood(3).on((13, 11)), "score": fused.Score(1.0, None)}
-        return jnp.sum(fused.general("gpu", operands, **options, q_tile=None, kv_tile=None)[0])[None]
+        return jnp.sum(fused.general(platform, operands, **options, q_tile=None, kv_tile=None)[0])[None]
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     total = jax.shard_map(each, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))

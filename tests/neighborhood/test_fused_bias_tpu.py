@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn.neighborhood import fused, neighborhood, one_pass, planes
@@ -116,22 +114,6 @@ def test_beside_what_else_logits_have_in_two_walks():
     for a, b in zip(got, want, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b)
         assert np.sqrt(np.mean((a - b) ** 2)) <= 2e-6 * np.sqrt(np.mean(b**2))
-
-
-def test_inside_shard_map():
-    """With checks of what varies, on abstract arrays."""
-    x = arrays((13, 11), (3, 3))
-    table = x.pop("rel_pos_bias")
-
-    def each(x, table):
-        operands = neighborhood.Operands(**x, rel_pos_bias=table)
-        options = {"neighborhood": Neighborhood(3).on((13, 11)), "score": fused.Score(1.0, None)}
-        return jnp.sum(fused.general("tpu", operands, **options, q_tile=None, kv_tile=None)[0])[None]
-
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    total = jax.shard_map(each, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
-    got = jax.eval_shape(jax.grad(lambda x, table: total(x, table).sum(), (0, 1)), x, table)
-    assert got[1].shape == table.shape
 
 
 # What is chosen
