@@ -112,7 +112,10 @@ def test_one_of_two_is_killed_and_the_run_goes_on_with_another_number_of_hosts(t
     assert time.monotonic() - begin < 60
     processes[1].communicate()
     assert processes[0].returncode not in (0, None), output
-    assert "cannot go on without the others" in output or "heartbeat" in output.lower(), output
+    # Where it waits inside of the runtime that ends it: by the heartbeat, or on CPU by Gloo, which meets the half of
+    # another collective.
+    reasons = ("cannot go on without the others", "heartbeat", "gloo::enforcenotmet")
+    assert any(reason in output.lower() for reason in reasons), output
     newest = final_arrays(tmp_path)  # what was sealed is whole
     assert len(newest) > 20
     # One host for a while, ended by a signal, then two again: the same steps on the same data.
