@@ -28,12 +28,20 @@ from pallas_kernels.lab.schedule import UNITS, DumpError, Region, Schedule
 
 _BUNDLES = "packed-bundles-post-ra"
 _BEFORE = "pre-delay_hlo-static-per-bundle-utilization"
+_TWINS = "deduplication-map"
 _MATMUL = 1 + UNITS.index("MATMUL")
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What makes libtpu write its schedules to `folder`, from the moment it loads."""
-    return {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"}
+    """What makes libtpu write its schedules to `folder`, from the moment it loads.
+
+    What follows each of its other hundred passes is left out: to write that takes longer than to compile.
+    """
+    passes = f"^({_BUNDLES}|pre-delay.*|{_TWINS})$"
+    return {
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+        f"--xla_jf_dump_llo_pass_label_regex={passes}"
+    }
 
 
 def kernels(folder: Path, program: str, jaxpr: Any, chip: Chip) -> list[dict[str, Any]]:
@@ -89,7 +97,7 @@ def _newest(files: list[str], kernel: str, kind: str) -> str | None:
 def _twins(folder: Path) -> dict[str, list[str]]:
     """libtpu schedules equal kernels once and lists which stand for which."""
     found: dict[str, list[str]] = {}
-    for path in folder.glob("*deduplication-map*.txt"):
+    for path in folder.glob(f"*{_TWINS}*.txt"):
         for block in re.split(r"^key:", path.read_text(errors="replace"), flags=re.M)[1:]:
             key, *lines = block.splitlines()
             group = [key.strip(), *(line.strip() for line in lines if line.startswith("  "))]
