@@ -41,7 +41,7 @@ test: setup lint ## all checks and tests
 lab: ## compile for TPU pods and H100 with neither present
 	@$(MAKE) --no-print-directory setup VENV=.venv-lab EXTRAS=test,lab
 	@start=$$SECONDS; echo "Compiling for chips that are not here"; \
-	JAX_PLATFORMS=cpu .venv-lab/bin/python -m pytest tests/lab; status=$$?; \
+	JAX_PLATFORMS=cpu .venv-lab/bin/python -m pytest tests/lab -n 2 --dist loadfile; status=$$?; \
 	echo "The lab took $$((SECONDS - start)) s"; exit $$status
 
 lint: setup ## format, lint and type checks
