@@ -3,12 +3,13 @@
     S' = total S + (k * write)^T v                     o = scale [(q k^T) * pair | q * read] [v ; S]
 
     p  = scale (do v^T) * pair      a = scale (q k^T) * pair      dS' is the gradient of the state after the chunk
-    dq = p k   + scale (do * read) S^T      dk = p^T q + (v dS'^T) * write      dv = a^T do + (k * write) dS'
+    dq = [p | scale do * read] [k ; S^T]    dk = p^T q + (v * write) dS'^T      dv = [a^T | k * write] [do ; dS']
     dS = total dS' + scale (q * read)^T do  db = rowsum(q * dq - k * dk), and the last row of db gains sum(S' * dS')
 
 Outputs may be divided by scale q (z + eps[1]) + eps[0], z' = total z + colsum(k * write), which is a value channel of
 ones that costs no matrix product. Then do / d takes the place of do, and do v^T / d gains dd = -rowsum(do * o) / d.
 
+p and a are made turned, as they are read most. A product of twice the depth is on v6e pushed as fast as one of two.
 The scores of unit i + lag stand before the products that end unit i. The forward walk keeps the state at the start of
 every grid step, and the backward walk computes the states between again.
 """
@@ -144,7 +145,7 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         if divided:
             dz[...] = dz_end_ref[0, 0]
 
-    weights = walk.weights(p, gate_refs)
+    weights = walk.weights(p, gate_refs, turned=True)
     part = functools.partial(walk.part, p, step=step)
 
     if divided:
@@ -173,15 +174,16 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     def begin(unit: tuple[int, int]) -> Any:
         c, h = unit
         w, k, v = weights(c, h), part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
+        rows = slice(c * size, (c + 1) * size)
         by_query = []
         for n in range(h * p.group, (h + 1) * p.group):
             q, do = part(q_ref, c, n, p.width), part(do_ref, c, n, p.value_width)
             pair = p.scale * w.pair if p.scale != 1 else w.pair
             read = p.scale * w.read if p.scale != 1 else w.read
-            a, b = walk.dot(q, k, (1, 1)) * pair, walk.dot(do, v, (1, 1))
+            a, b = walk.dot(k, q, (1, 1)) * pair, walk.dot(v, do, (1, 1))
             if divided:
-                inverse, dd = (x[:, n : n + 1] for x in columns(c))
-                a, b, read = a * inverse, b * inverse + dd, read * inverse
+                inverse, dd = (ref[0, 0, n : n + 1, rows] for ref in (inverse_ref, dd_ref))
+                a, b, read = a * inverse, b * inverse + dd, read * columns(c)[0][:, n : n + 1]
             a, b = a.astype(q.dtype), (b * pair).astype(q.dtype)
             by_query.append((a, b, (do * read[:, : p.value_width]).astype(do.dtype)))
         return w, (v * w.write[:, : p.value_width]).astype(v.dtype), by_query
@@ -191,39 +193,39 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         c, h = unit
         rows = slice(c * size, (c + 1) * size)
         k = part(k_ref, c, h, p.width)
+        queries = [part(q_ref, c, h * p.group + r, p.width) for r in range(p.group)]
+        gradients = [part(do_ref, c, h * p.group + r, p.value_width) for r in range(p.group)]
         left = gradient[h].astype(k.dtype)
         dk = walk.dot(written, left, (1, 1))
-        dv = w.write[:, : p.value_width] * walk.dot(k, left)
-        gradient_before = w.total[:, : p.value_width] * gradient[h]
         z_left: Any = dz[h : h + 1] if divided else None
         if divided:
             dk += w.write[:, : p.width] * z_left
-        for r, (_, _, read) in enumerate(by_query):
-            gradient_before += walk.dot(part(q_ref, c, h * p.group + r, p.width), read, (0, 0))
+        gradient_before = w.total[:, : p.value_width] * gradient[h]
+        for q, (_, _, read) in zip(queries, by_query, strict=True):
+            gradient_before += walk.dot(q, read, (0, 0))
         gradient[h] = gradient_before
-        for r, (_, b, _) in enumerate(by_query):
-            dk += walk.dot(b, part(q_ref, c, h * p.group + r, p.width), (0, 0))
+        for q, (_, b, _) in zip(queries, by_query, strict=True):
+            dk += walk.dot(b, q)
         dk_ref[0, rows, h * p.width : (h + 1) * p.width] = dk.astype(dk_ref.dtype)
-        for r, (a, _, _) in enumerate(by_query):
-            dv += walk.dot(a, part(do_ref, c, h * p.group + r, p.value_width), (0, 0))
+        to_values = [(k * w.write[:, : p.width]).astype(k.dtype), *(a for a, _, _ in by_query)]
+        dv = walk.dot(jnp.concatenate(to_values, axis=1), jnp.concatenate([left, *gradients], axis=0))
         dv_ref[0, rows, h * p.value_width : (h + 1) * p.value_width] = dv.astype(dv_ref.dtype)
         of_key = k * dk
         if divided:
             z_before = w.total[:, : p.width] * z_left
-            for r in range(p.group):
-                n = h * p.group + r
-                z_before += jnp.sum(part(q_ref, c, n, p.width) * of_z(unit, n, w), axis=0, keepdims=True)
+            for r, q in enumerate(queries):
+                z_before += jnp.sum(q * of_z(unit, h * p.group + r, w), axis=0, keepdims=True)
             dz[h : h + 1] = z_before
 
         def of_queries() -> None:
-            entered = states[c, h].astype(k.dtype)
+            rhs = jnp.concatenate([k, states[c, h].astype(k.dtype).T], axis=0)
             by_row = jnp.zeros((size, p.width), jnp.float32)
-            for r, (_, b, read) in enumerate(by_query):
+            for r, (q, (_, b, read)) in enumerate(zip(queries, by_query, strict=True)):
                 n = h * p.group + r
-                dq = walk.dot(b, k) + walk.dot(read, entered, (1, 1))
+                dq = walk.dot(jnp.concatenate([b.T, read], axis=1), rhs)
                 if divided:
                     dq += of_z(unit, n, w) * z[c, h : h + 1]
-                by_row += part(q_ref, c, n, p.width) * dq
+                by_row += q * dq
                 if p.eps is not None and p.eps[1]:
                     dq += p.scale * p.eps[1] * columns(c)[1][:, n : n + 1]
                 dq_ref[0, rows, n * p.width : (n + 1) * p.width] = dq.astype(dq_ref.dtype)
@@ -305,6 +307,8 @@ def backward(
     macs = p.group * (2 * t.chunk * (p.width + p.value_width) + 2 * p.width * p.value_width)
     macs += 3 * p.width * p.value_width
     operands = [("query", query), ("key", key), ("value", value), ("out", out_gradient)]
+    if p.constant:
+        gate = (jnp.swapaxes(gate[0], 1, 2), *gate[1:])
     operands += zip(walk.gate_names(p), gate, strict=True)
     operands += [("starts", starts), ("state", end_gradient)]
     more, scratch = [], []

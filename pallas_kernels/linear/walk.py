@@ -100,8 +100,11 @@ def dot(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array
     )
 
 
-def weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], Weights]:
-    """The weights of (chunk, head) of this grid step; what the heads of a chunk share is computed once."""
+def weights(p: Problem, refs: Sequence[Any], *, turned: bool = False) -> Callable[[int, int], Weights]:
+    """The weights of (chunk, head) of this grid step, `pair` of queries and keys or, if `turned`, of keys and queries.
+
+    What the heads of a chunk share is computed once. Tables of constant gates are as they come.
+    """
     size = p.tiling.chunk
     if p.constant:
         pair, read, write = refs
@@ -110,7 +113,7 @@ def weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], Weights]:
     (sums,) = refs
     exp, add = gates.exponential(p.dtype), functools.partial(functools.reduce, jnp.add)
     count, width = gates.parts(p.dtype), max(size, p.width, p.value_width)
-    below = iota((size, size), 0) >= iota((size, size), 1)
+    query, key = (iota((size, size), axis) for axis in ((1, 0) if turned else (0, 1)))
 
     @functools.cache
     def chunk(c: int) -> tuple[jax.Array, jax.Array]:
@@ -122,9 +125,10 @@ def weights(p: Problem, refs: Sequence[Any]) -> Callable[[int, int], Weights]:
         # A column costs a broadcast along the lanes; exponentials of it are cheaper than more columns.
         columns = [jnp.broadcast_to(tall[:, i : i + 1], (size, width)) for i in range(count * h, count * (h + 1))]
         rows = [flat[i : i + 1] for i in range(count * h, count * (h + 1))]
-        exponent = add(column[:, :size] - row for column, row in zip(columns, rows, strict=True))
+        pairs = [(column[:, :size], row) for column, row in zip(columns, rows, strict=True)]
+        exponent = add(row - column if turned else column - row for column, row in pairs)
         return Weights(
-            jnp.where(below, exp(exponent), 0),
+            jnp.where(query >= key, exp(exponent), 0),
             exp(add(columns)),
             exp(add(column[size - 1 :] - column for column in columns)),
             exp(add(column[size - 1 :] for column in columns)),
