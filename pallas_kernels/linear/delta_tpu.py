@@ -1,11 +1,12 @@
 """The delta rule on TPU: one walk over the chunks forward, one backward.
 
-    L  = beta (k k^T) * pair, below the diagonal         X = (I + L)^-1
-    r  = v - (k * read) S                                u = X (beta r)
+    A  = (k k^T) * pair, below the diagonal              r  = v - read * (k S)
+    e  = r - A u                                         u  = beta * e
     o  = scale [(q k^T) * pair | q * read] [u ; S]       S' = total S + (k * write)^T u
 
 What the state already holds under a key is taken from the value before the system is solved, so that no large numbers
-are left to cancel. Backward, with the gradient dS' of the state after the chunk and e = r - (k k^T * pair) u:
+are left to cancel. Forward, e = (I + A diag(beta))^-1 r, and beta is only ever a row: columns cost broadcasts along the
+lanes. Backward, u = X (beta r) with X = (I + diag(beta) A)^-1, and with the gradient dS' of the state after the chunk:
 
     a   = scale (q k^T) * pair    du = a^T do + write * (k dS'^T)       dy = X^T du      dv = dr = beta dy
     da  = scale (do u^T) * pair   dg = -(dr u^T) * pair, below the diagonal              dbeta = rowsum(dy * e)
@@ -66,39 +67,31 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     step = pl.program_id(2)
     size, t = p.tiling.chunk, p.tiling
 
-    weights, betas = walk.weights(p, gate_refs), _betas(p, beta_ref, size)
-    below = _strictly_below(size)
-
-    def key(c: int, h: int) -> jax.Array:
-        return walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
+    weights = walk.weights(p, gate_refs)
 
     def unit(c: int, h: int) -> Iterator[None]:
-        w, k = weights(c, h), key(c, h)
+        w, k = weights(c, h), walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
+        pair = w.pair * beta_ref[0, 0, h : h + 1, c * size : (c + 1) * size]
         queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
         alike, *scores = jnp.split(dot(jnp.concatenate([k, *queries], axis=0), k, (1, 1)), 1 + len(queries))
-        lower = jnp.where(below, betas(c, h)[0] * alike * w.pair, 0)
-        lhs = []
-        for q, score in zip(queries, scores, strict=True):
-            a = (score * w.pair).astype(q.dtype)
-            lhs.append(jnp.concatenate([a, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1))
+        lhs = [(score * pair).astype(p.dtype) for score in scores]
+        # The last row of `pair` is `write`.
+        writing = (k.T * pair[size - 1 :]).astype(p.dtype)
         yield
-        inverse = yield from unit_lower_inverse(lower, p.dtype)
-        solution = (inverse * betas(c, h)[1]).astype(p.dtype)
+        solution = (yield from unit_lower_inverse(alike * pair, p.dtype)).astype(p.dtype)
         if keep and c % keep == 0:
             outs[2][0, c // keep, h] = state[h]
-        v = walk.part(p, v_ref, c, h, p.value_width, step=step)
+        v, read = walk.part(p, v_ref, c, h, p.value_width, step=step), w.read[:, : p.value_width]
         entered = state[h].astype(p.dtype)
-        rest = (v - dot((k * w.read[:, : p.width]).astype(p.dtype), entered)).astype(p.dtype)
+        rest = (v - read * dot(k, entered)).astype(p.dtype)
         yield
-        u = dot(solution, rest)
+        error = dot(solution, rest).astype(p.dtype)
         yield
-        state[h] = w.total[:, : p.value_width] * state[h] + dot(
-            k, (u * w.write[:, : p.value_width]).astype(p.dtype), (0, 0)
-        )
+        state[h] = w.total[:, : p.value_width] * state[h] + dot(writing, error)
         yield
-        rhs = jnp.concatenate([u.astype(p.dtype), entered], axis=0)
-        for a, n in zip(lhs, p.outputs(h), strict=True):
-            out = dot(a, rhs)
+        rhs = jnp.concatenate([error, entered], axis=0)
+        for q, a, n in zip(queries, lhs, p.outputs(h), strict=True):
+            out = dot(jnp.concatenate([a, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1), rhs)
             if p.scale != 1:
                 out *= p.scale
             walk.put(p, o_ref, c, n, out)

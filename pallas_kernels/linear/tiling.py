@@ -65,7 +65,8 @@ def choose(
 
     Args:
       shared: heads that have one query and key head.
-      large: for units of several times the work, the delta rule's.
+      large: for units of several times the work, the delta rule's. A unit waits long for its inverse, so that forward
+        steps, of which the first chunks have no others to hide behind, are longer.
       of_channels: for decays of channels, which are large too. A strong one makes its whole step slower, so that steps
         of the forward walk are as short as backward.
       cores: of a device; `None` asks the device that is compiled for, where it is known.
@@ -89,7 +90,10 @@ def choose(
 
     while chunks > 1 and taken(chunks) > VMEM // 2:
         chunks -= 1
-    return Tiling(chunk, chunks, together, LAG, 2 if chunks * chunk < length and not of_channels else 1)
+    moved = 2 * size * chunk * chunks * together * (group + 1) * (width + value_width)
+    longest = 1 if of_channels else 4 if large else 2
+    times = max(min(longest, -(-length // (chunk * chunks)), VMEM // 2 // moved), 1)
+    return Tiling(chunk, chunks, together, LAG, times)
 
 
 def _cores() -> int:
