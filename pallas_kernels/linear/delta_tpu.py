@@ -38,20 +38,15 @@ DELAY = 3
 """Turns between a chunk and the next; the state needs 2 of them."""
 
 
-def _betas(p: Problem, ref: Any, width: int) -> Callable[[int, int], tuple[jax.Array, jax.Array]]:
-    """beta of (chunk, head) as a column that is as wide as wanted, and as a row."""
+def _betas(p: Problem, ref: Any, width: int) -> Callable[[int, int], jax.Array]:
+    """beta of (chunk, head) as a column that is as wide as wanted."""
     size = p.tiling.chunk
 
     @functools.cache
-    def chunk(c: int) -> tuple[jax.Array, jax.Array]:
-        flat = ref[0, 0, :, c * size : (c + 1) * size]
-        return flat, flat.T
+    def chunk(c: int) -> jax.Array:
+        return ref[0, 0, :, c * size : (c + 1) * size].T
 
-    def of(c: int, h: int) -> tuple[jax.Array, jax.Array]:
-        flat, tall = chunk(c)
-        return jnp.broadcast_to(tall[:, h : h + 1], (size, width)), flat[h : h + 1]
-
-    return of
+    return lambda c, h: jnp.broadcast_to(chunk(c)[:, h : h + 1], (size, width))
 
 
 def _strictly_below(size: int) -> jax.Array:
@@ -120,7 +115,7 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         alike = jnp.where(below, dot(key(c, h), key(c, h), (1, 1)) * weights(c, h).pair, 0)
         pairs[c, h] = alike.astype(p.dtype)
         yield
-        inverse = yield from unit_lower_inverse(betas(c, h)[0][:, :size] * alike, p.dtype)
+        inverse = yield from unit_lower_inverse(betas(c, h)[:, :size] * alike, p.dtype)
         solutions[c, h] = inverse.astype(p.dtype)
         yield from again(c, h)
 
@@ -129,7 +124,7 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         read = (k * w.read[:, : p.width]).astype(p.dtype)
         rest = part(v_ref, c, h, p.value_width) - dot(read, states[c, h].astype(p.dtype))
         yield
-        u = dot(solutions[c, h], (betas(c, h)[0][:, : p.value_width] * rest).astype(p.dtype))
+        u = dot(solutions[c, h], (betas(c, h)[:, : p.value_width] * rest).astype(p.dtype))
         rests[c, h] = rest
         written[c, h] = u.astype(p.dtype)
         yield
@@ -167,31 +162,37 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         entered, left = states[c, h].astype(p.dtype), gradient[h].astype(p.dtype)
         du_of_queries, before_of_queries = of_queries.pop((c, h))
         du = write * dot(k, left) + du_of_queries
-        by_query = []
-        for n, m in zip(p.queries(h), p.outputs(h), strict=True):
-            q, do = part(q_ref, c, n, p.width), part(do_ref, c, m, p.value_width)
-            da = (dot(do, u, (1, 1)) * pair).astype(p.dtype)
-            by_query.append((n, q, da, (do * read).astype(p.dtype)))
+        queries = [part(q_ref, c, n, p.width) for n in p.queries(h)]
+        gradients = [part(do_ref, c, m, p.value_width) for m in p.outputs(h)]
         yield
         dy = dot(solutions[c, h], du.astype(p.dtype), (0, 0))
         error = rests[c, h] - dot(pairs[c, h], u)
         yield
-        dr = betas(c, h)[0][:, : p.value_width] * dy
+        dr = betas(c, h)[:, : p.value_width] * dy
         walk.put(p, dv_ref, c, h, dr)
         # Turned first, sums lie along the lanes as they are stored, and no head waits for the others.
         rows_ref[0, 0, t.heads + h : t.heads + h + 1, rows] = jnp.sum((dy * error).T, axis=0, keepdims=True)
-        erased = (dr * w.read[:, : p.value_width]).astype(p.dtype)
-        gradient[h] = w.total[:, : p.value_width] * gradient[h] - dot(k, erased, (0, 0)) + before_of_queries
-        dg = jnp.where(below, -dot(dr.astype(p.dtype), u, (1, 1)) * w.pair, 0).astype(p.dtype)
+        erased = -dr
+        erased_by = (erased * w.read[:, : p.value_width]).astype(p.dtype)
+        gradient[h] = w.total[:, : p.value_width] * gradient[h] + dot(k, erased_by, (0, 0)) + before_of_queries
+        # Products that share their right side are one, and so are those that are added: fewer pushes. But dg^T k stands
+        # alone, for with dg k it cancels in the gradient of the gates.
+        lhs = [erased.astype(p.dtype), *gradients]
+        dg, *das = jnp.split(dot(jnp.concatenate(lhs, axis=0), u, (1, 1)), 1 + len(queries))
+        dg = jnp.where(below, dg * w.pair, 0).astype(p.dtype)
+        das = [(da * pair).astype(p.dtype) for da in das]
         yield
-        dk_row = dot(dg, k) - dot(erased, entered, (1, 1))
-        dk_column = dot(dg, k, (0, 0)) + dot((u * write).astype(p.dtype), left, (1, 1))
-        by_row = k * dk_row
+        lhs = [jnp.concatenate([dg, erased_by], axis=1)]
+        for da, do in zip(das, gradients, strict=True):
+            lhs.append(jnp.concatenate([da, (do * read).astype(p.dtype)], axis=1))
+        rhs = jnp.concatenate([k, entered.T], axis=0)
+        dk_row, *dqs = jnp.split(dot(jnp.concatenate(lhs, axis=0), rhs), 1 + len(queries))
         yield
+        lhs = [(u * write).astype(p.dtype), *(da.T for da in das)]
+        dk_column = dot(dg, k, (0, 0)) + dot(jnp.concatenate(lhs, axis=1), jnp.concatenate([left.T, *queries], axis=0))
         last = h % p.shared == p.shared - 1
-        for n, q, da, read_by in by_query:
-            dq = dot(da, k) + dot(read_by, entered, (1, 1))
-            dk_column += dot(da, q, (0, 0))
+        by_row = k * dk_row
+        for q, dq, n in zip(queries, dqs, p.queries(h), strict=True):
             by_row += q * dq
             shared.add(dq_ref, dq, c, n, last=last)
         shared.add(dk_ref, dk_row + dk_column, c, h // p.shared, last=last)
