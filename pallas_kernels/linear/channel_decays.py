@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import gates, walk
 from pallas_kernels.linear.walk import Problem, dot, every_second, with_gaps
@@ -92,23 +93,30 @@ def plus(x: Any, y: jax.Array) -> jax.Array:
     return y if x is None else x + y
 
 
-def of(p: Problem, sums: Sequence[jax.Array], *, moderate: bool) -> Decays:
-    """Decays from the parts of b; see `gate_sums`."""
-    last = [x[-1:] for x in sums]
+class Sums(NamedTuple):
+    """The parts of b - b_m, a row for every token, and of b_m; see `gates`. Row m is the last of the first half."""
+
+    since: list[jax.Array]
+    middle: list[jax.Array]
+
+
+def of(p: Problem, sums: Sums, *, moderate: bool) -> Decays:
+    """Decays from the sums of gates."""
+    since, middle = sums
+    last = [x[-1:] for x in since]
+    at_end = [x + m for x, m in zip(last, middle, strict=True)]
     if not moderate:
-        write = _exp(p, [z - x for x, z in zip(sums, last, strict=True)])
-        return Decays(functools.partial(_halvings, p, sums), _exp(p, sums), write, None, _exp(p, last), None, False)
-    chunk = p.tiling.chunk
-    middle = [x[chunk // 2 - 1 : chunk // 2] for x in sums]
-    since = functools.reduce(jnp.add, [x - m for x, m in zip(sums, middle, strict=True)])
-    exp = gates.exponential(p.dtype)
-    read, write = exp(since), exp(-since)
-    leave = _exp(p, [z - m for z, m in zip(last, middle, strict=True)])
+        read = _exp(p, [x + m for x, m in zip(since, middle, strict=True)])
+        write = _exp(p, [z - x for x, z in zip(since, last, strict=True)])
+        return Decays(functools.partial(_halvings, p, since), read, write, None, _exp(p, at_end), None, False)
+    exponent, exp = functools.reduce(jnp.add, since), gates.exponential(p.dtype)
+    read, write = exp(exponent), exp(-exponent)
 
     def levels() -> Iterator[Level]:
+        chunk = p.tiling.chunk
         yield Level(0, read, write, walk.iota((chunk, chunk), 0) >= walk.iota((chunk, chunk), 1))
 
-    return Decays(levels, read, write, _exp(p, middle), None, leave, True)
+    return Decays(levels, read, write, _exp(p, middle), None, _exp(p, last), True)
 
 
 def either(p: Problem, gate_ref: Any, step: Any, work: Callable[[bool], None]) -> None:
@@ -133,17 +141,40 @@ def own_weights(p: Problem, pairs: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(_diagonal(p), pairs, 0), axis=1, keepdims=True)
 
 
-def gate_sums(p: Problem, gate: jax.Array) -> list[jax.Array]:
-    """The parts of b, summed over the rows; see `gates`."""
-    (part, *more) = gates.split(jnp.maximum(gate, gates.FORGET), p.dtype)
-    if not more:
+def gate_sums(p: Problem, gate: jax.Array) -> Sums:
+    """Summed over the rows, from the middle on in both directions."""
+    parts, half = gates.split(jnp.maximum(gate, gates.FORGET), p.dtype), gate.shape[0] // 2
+    if len(parts) == 1:
         # Half of a gate's bits and then the other half, so that products of bfloat16 sum them.
-        chunk = part.shape[0]
-        below = (walk.iota((chunk, chunk), 0) >= walk.iota((chunk, chunk), 1)).astype(p.dtype)
-        high = part.astype(p.dtype)
-        halves = jnp.concatenate([high, (part - high.astype(jnp.float32)).astype(p.dtype)], axis=0)
-        return [dot(jnp.concatenate([below, below], axis=1), halves)]
-    return [_running_sum(part), *map(_running_sum, more)]
+        high = parts[0].astype(p.dtype)
+        halves = high, (parts[0] - high.astype(jnp.float32)).astype(p.dtype)
+        row, column = walk.iota((half, 2 * half), 0), walk.iota((half, 2 * half), 1) % half
+        early, late = jnp.where(row < column, -1, 0), jnp.where(row >= column, 1, 0)
+        by_half = [
+            dot(which.astype(p.dtype), jnp.concatenate([x[rows] for x in halves], axis=0))
+            for which, rows in ((early, slice(half)), (late, slice(half, None)))
+        ]
+        since = [jnp.concatenate(by_half, axis=0)]
+    else:
+        since = [x - x[half - 1 : half] for x in map(_running_sum, parts)]
+    return Sums(since, [x[:1] - s[:1] for x, s in zip(parts, since, strict=True)])
+
+
+def scratch_of_sums(p: Problem) -> Any:
+    """Where `keep_sums` puts those of a step."""
+    t = p.tiling
+    return pltpu.VMEM((t.chunks, t.heads, gates.parts(p.dtype), t.chunk + SUBLANES, p.width), jnp.float32)
+
+
+def keep_sums(ref: Any, c: Any, h: int, sums: Sums) -> None:
+    for i, (since, middle) in enumerate(zip(*sums, strict=True)):
+        ref[c, h, i, : since.shape[0]] = since
+        ref[c, h, i, since.shape[0] : since.shape[0] + 1] = middle
+
+
+def kept_sums(p: Problem, ref: Any, c: Any, h: int) -> Sums:
+    size, parts = p.tiling.chunk, range(gates.parts(p.dtype))
+    return Sums([ref[c, h, i, :size] for i in parts], [ref[c, h, i, size : size + 1] for i in parts])
 
 
 def _running_sum(x: jax.Array) -> jax.Array:

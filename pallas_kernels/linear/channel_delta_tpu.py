@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,13 +33,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import channel_decays as decays
-from pallas_kernels.linear import gates, walk
-from pallas_kernels.linear.channel_decays import SUBLANES, Decays, plus, times, turned
-from pallas_kernels.linear.solve import unit_lower_inverse
+from pallas_kernels.linear import walk
+from pallas_kernels.linear.channel_decays import SUBLANES, Decays, times, turned
+from pallas_kernels.linear.solve import ELIMINATED, unit_lower_inverse
 from pallas_kernels.linear.walk import Problem, dot
 
-DELAY = 2
-"""Turns between a chunk and the next, enough for the state: the units of one wait while those of others work."""
+DELAY = 3
+"""Turns between a chunk and the next; the state needs 2 of them: the units of one wait while those of others work."""
 
 
 def _pairs(p: Problem, k: jax.Array, queries: Sequence[jax.Array], d: Decays) -> Generator[None, None, list[jax.Array]]:
@@ -69,16 +69,6 @@ def _beta(ref: Any, c: Any, h: int) -> jax.Array:
 def _column(row: jax.Array, width: int) -> jax.Array:
     """A row as a column that is as wide as wanted."""
     return jnp.broadcast_to(jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1], (row.shape[1], width))
-
-
-def _side_by_side(p: Problem, stream: Callable[[Any, int], Iterator[None]]) -> Callable[[Sequence[Any]], None]:
-    """Work for `walk.chunks`: every head of every chunk, each chunk `DELAY` turns behind the one before it."""
-
-    def work(chunks: Sequence[Any]) -> None:
-        units = [(i, c, h) for i, c in enumerate(chunks) for h in range(p.tiling.heads)]
-        walk.lockstep(walk.delayed(stream(c, h), i * DELAY) for i, c, h in units)
-
-    return work
 
 
 def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
@@ -117,7 +107,11 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
             walk.put(p, o_ref, c, n, out)
 
     def work(moderate: bool) -> None:
-        walk.chunks(p, _side_by_side(p, functools.partial(unit, moderate)), together=moderate)
+        def chunks(together: Sequence[Any]) -> None:
+            units = [(i, c, h) for i, c in enumerate(together) for h in range(p.tiling.heads)]
+            walk.lockstep(walk.delayed(unit(moderate, c, h), i * DELAY) for i, c, h in units)
+
+        walk.chunks(p, chunks, together=moderate)
 
     with walk.carried(p, state, s0_ref, end_ref):
         decays.either(p, gate_ref, step, work)
@@ -126,43 +120,55 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
 def _backward_kernel(p: Problem, *refs: Any) -> None:
     q_ref, k_ref, v_ref, do_ref, gate_ref, beta_ref, start_ref, dend_ref, *outs = refs
     dq_ref, dk_ref, dv_ref, d0_ref, db_ref, dbeta_ref, *outs = outs
-    states, kept_sums, kept_entered, kept_pairs, kept_scores, solutions, rests, written, gradient = outs
+    states, sums_ref, kept_entered, kept_pairs, kept_scores, reads, writes, solutions, rests, written, *outs = outs
+    of_queries, before_of_queries, gradient = outs
     step, t, size = p.steps - 1 - pl.program_id(2), p.tiling, p.tiling.chunk
-    part, heads = functools.partial(walk.part, p, step=step), range(p.tiling.heads)
+    part, heads = functools.partial(walk.part, p, step=step), range(t.heads)
+
+    def scaled(x: Any) -> jax.Array:
+        return x if p.scale == 1 else p.scale * x
 
     def kept(moderate: bool, c: Any, h: int) -> Decays:
-        return decays.of(p, [kept_sums[c, h, i] for i in range(gates.parts(p.dtype))], moderate=moderate)
+        return decays.of(p, decays.kept_sums(p, sums_ref, c, h), moderate=moderate)
 
     def prepare(moderate: bool, c: Any, h: int) -> Iterator[None]:
         sums = decays.gate_sums(p, part(gate_ref, c, h, p.width))
-        for i, x in enumerate(sums):
-            kept_sums[c, h, i] = x
+        decays.keep_sums(sums_ref, c, h, sums)
         yield
-        k, queries = part(k_ref, c, h // p.shared, p.width), [part(q_ref, c, n, p.width) for n in p.queries(h)]
-        alike, *scores = yield from _pairs(p, k, queries, decays.of(p, sums, moderate=moderate))
+        d, k = decays.of(p, sums, moderate=moderate), part(k_ref, c, h // p.shared, p.width)
+        queries = [part(q_ref, c, n, p.width) for n in p.queries(h)]
+        alike, *scores = yield from _pairs(p, k, queries, d)
         kept_pairs[c, h] = alike.astype(p.dtype)
         for i, x in enumerate(scores):
-            kept_scores[c, h, i] = (p.scale * x).astype(p.dtype)
+            kept_scores[c, h, i] = scaled(x).astype(p.dtype)
+        for i, x in enumerate([k, *queries]):
+            reads[c, h, i] = (x * d.read).astype(p.dtype)
+        writes[c, h] = (k * d.write).astype(p.dtype)
         inverse = yield from unit_lower_inverse(_column(_beta(beta_ref, c, h), size) * alike, p.dtype)
         solutions[c, h] = inverse.astype(p.dtype)
-
-    def again(moderate: bool, c: Any, h: int) -> Iterator[None]:
-        d, k = kept(moderate, c, h), part(k_ref, c, h // p.shared, p.width)
+        d = kept(moderate, c, h)
         entered = times(d.enter, states[0, h])
         kept_entered[c, h] = entered.astype(p.dtype)
-        rest = part(v_ref, c, h, p.value_width) - dot((k * d.read).astype(p.dtype), entered.astype(p.dtype), (1, 1))
+        rest = part(v_ref, c, h, p.value_width) - dot(reads[c, h, 0], entered.astype(p.dtype), (1, 1))
         yield
         beta = _column(_beta(beta_ref, c, h), p.value_width)
         u = dot(solutions[c, h], (beta * rest).astype(p.dtype)).astype(p.dtype)
         rests[c, h] = rest
         written[c, h] = u
         yield
-        left = times(d.keep, entered) + dot(u, (k * d.write).astype(p.dtype), (0, 0))
+        left = times(d.keep, entered) + dot(u, writes[c, h], (0, 0))
         states[c + 1, h] = left
         states[0, h] = times(d.leave, left)
 
+    def ask(c: Any, h: int) -> Iterator[None]:
+        """What queries add to du and dS, which waits for no state."""
+        gradients = [part(do_ref, c, m, p.value_width) for m in p.outputs(h)]
+        of_queries[c, h] = sum(dot(kept_scores[c, h, i], do, (0, 0)) for i, do in enumerate(gradients))
+        yield
+        before = sum(dot(do, reads[c, h, i], (0, 0)) for i, do in enumerate(gradients, 1))
+        before_of_queries[c, h] = scaled(before)
+
     shared = walk.SharedSums(p)
-    columns: dict[int, list[jax.Array]] = {h: [] for h in heads}
 
     def turn(moderate: bool, c: Any, h: int) -> Iterator[None]:
         k, u = part(k_ref, c, h // p.shared, p.width), written[c, h]
@@ -171,56 +177,61 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         d = kept(moderate, c, h)
         of_left = times(d.leave, gradient[h])
         entered, left = kept_entered[c, h], of_left.astype(p.dtype)
-        du = dot((k * d.write).astype(p.dtype), left, (1, 1))
-        for i, do in enumerate(gradients):
-            du += dot(kept_scores[c, h, i], do, (0, 0))
+        du = of_queries[c, h] + dot(writes[c, h], left, (1, 1))
+        weights = [scaled(dot(do, u, (1, 1))) for do in gradients]
+        if d.is_one:
+            pairs = walk.iota((size, size), 0) >= walk.iota((size, size), 1)
+            weights = [jnp.where(pairs, x, 0).astype(p.dtype) for x in weights]
         yield
         dy = dot(solutions[c, h], du.astype(p.dtype), (0, 0))
         error = rests[c, h] - dot(kept_pairs[c, h], u)
         yield
         dr = _column(_beta(beta_ref, c, h), p.value_width) * dy
         walk.put(p, dv_ref, c, h, dr)
-        columns[h].append(jnp.sum(dy * error, axis=1, keepdims=True))
+        # Turned first, sums lie along the lanes as they are stored, and no head waits for the others.
+        dbeta_ref[0, 0, c, h : h + 1] = jnp.sum((dy * error).T, axis=0, keepdims=True)
         dr = dr.astype(p.dtype)
-        before = times(d.keep, of_left) - dot(dr, (k * d.read).astype(p.dtype), (0, 0))
-        for q, do in zip(queries, gradients, strict=True):
-            before += dot(do, (p.scale * q * d.read).astype(p.dtype), (0, 0))
+        before = times(d.keep, of_left) - dot(dr, reads[c, h, 0], (0, 0)) + before_of_queries[c, h]
         gradient[h] = times(d.enter, before)
+        weight = -dot(dr, u, (1, 1))
+        if d.is_one:
+            weight = jnp.where(_strictly_below(size), weight, 0).astype(p.dtype)
+        weights = [weight, *weights]
         yield
-        weights = [-dot(dr, u, (1, 1)), *(p.scale * dot(do, u, (1, 1)) for do in gradients)]
-        of_read = [-dot(dr, entered), *(p.scale * dot(do, entered) for do in gradients)]
-        of_write = dot(u, left)
         # By row: of the key, and of every query.
-        db: Any = None
-        column: Any = None
-        by_row: list[Any] = [None] * len(weights)
-        if not d.is_one:
+        of_read = [-dot(dr, entered), *(scaled(dot(do, entered)) for do in gradients)]
+        of_write = dot(u, left)
+        if d.is_one:
+            joined, early = jnp.concatenate(weights, axis=0), writes[c, h]
+            rows = [reads[c, h, i] for i in range(len(weights))]
+            yield
+            of_late = [x + y for x, y in zip(jnp.split(dot(joined, early), len(rows)), of_read, strict=True)]
+            of_early = dot(joined, jnp.concatenate(rows, axis=0), (0, 0)) + of_write
+            by_row, column = [d.read * x for x in of_late], d.write * of_early
+            db = sum((x * y for x, y in zip(rows, of_late, strict=True)), -early * of_early)
+        else:
             own = [decays.own_weights(p, x) for x in weights[1:]]
-            db = -(k * d.write).astype(p.dtype) * of_write
+            db = -writes[c, h] * of_write
             by_row = [d.read * x for x in of_read]
             column = d.write * of_write
-            for i, x in enumerate([k, *queries]):
-                db += (x * d.read).astype(p.dtype) * of_read[i]
+            for i, x in enumerate(of_read):
+                db += reads[c, h, i] * x
             for i, (x, q) in enumerate(zip(own, queries, strict=True), 1):
                 by_row[i] += x * k
                 column += x * q
-        yield
-        for level in d.levels():
-            early = level.decayed_early(k)
-            late = jnp.concatenate([level.decayed_late(x) for x in (k, *queries)], axis=0)
-            met = [jnp.where(level.pairs, x, 0) for x in weights]
-            if d.is_one:
-                met[0] = jnp.where(_strictly_below(size), weights[0], 0)
-            weight = jnp.concatenate([level.late(x).astype(p.dtype) for x in met], axis=0)
-            of_late, of_early = jnp.split(dot(weight, early), len(met)), level.early(dot(weight, late, (0, 0)))
-            if d.is_one:
-                of_late, of_early = [x + y for x, y in zip(of_late, of_read, strict=True)], of_early + of_write
-            db = plus(db, level.back(-level.early(early) * of_early, late=False))
-            column = plus(column, level.back(level.early_decay * of_early, late=False))
-            for i, (x, row) in enumerate(zip(of_late, jnp.split(late, len(met)), strict=True)):
-                by_row[i] = plus(by_row[i], level.back(level.late_decay * x, late=True))
-                db += level.back(row * x, late=True)
             yield
+            for level in d.levels():
+                early = level.decayed_early(k)
+                late = jnp.concatenate([level.decayed_late(x) for x in (k, *queries)], axis=0)
+                met = [jnp.where(level.pairs, x, 0) for x in weights]
+                weight = jnp.concatenate([level.late(x).astype(p.dtype) for x in met], axis=0)
+                of_late, of_early = jnp.split(dot(weight, early), len(met)), level.early(dot(weight, late, (0, 0)))
+                db += level.back(-level.early(early) * of_early, late=False)
+                column += level.back(level.early_decay * of_early, late=False)
+                for i, (x, row) in enumerate(zip(of_late, jnp.split(late, len(met)), strict=True)):
+                    by_row[i] += level.back(level.late_decay * x, late=True)
+                    db += level.back(row * x, late=True)
+                yield
         last = h % p.shared == p.shared - 1
         shared.add(dk_ref, by_row[0] + column, c, h // p.shared, last=last)
         for n, dq in zip(p.queries(h), by_row[1:], strict=True):
@@ -232,17 +243,17 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         walk.put(p, db_ref, c, h, db)
 
     def work(moderate: bool) -> None:
-        first, second, back = (
-            _side_by_side(p, functools.partial(stream, moderate)) for stream in (prepare, again, turn)
-        )
+        def first(chunks: Sequence[Any]) -> None:
+            units = [(i, c, h) for i, c in enumerate(chunks) for h in heads]
+            # A unit's queries ask once it is eliminated, a head a turn, for the joins leave the matrix units idle.
+            asked = (walk.delayed(ask(c, h), i * DELAY + 1 + ELIMINATED + h) for i, c, h in units)
+            walk.lockstep([*(walk.delayed(prepare(moderate, c, h), i * DELAY) for i, c, h in units), *asked])
 
-        def last(together: Sequence[Any]) -> None:
-            back(together)
-            for c in together:
-                dbeta_ref[0, 0, c] = jnp.concatenate([columns[h].pop(0) for h in heads], axis=1).T
+        def last(chunks: Sequence[Any]) -> None:
+            # The gradient of the state is written in the third turn.
+            walk.lockstep(walk.delayed(turn(moderate, c, h), 2 * i) for i, c in enumerate(chunks) for h in heads)
 
         walk.chunks(p, first, together=moderate)
-        walk.chunks(p, second, together=moderate)
         walk.chunks(p, last, together=moderate, backward=True)
 
     states[0] = start_ref[0, 0]
@@ -309,13 +320,17 @@ def backward(
     ]
     square = (t.chunk, t.chunk)
     scratch = [
-        pltpu.VMEM((*units, gates.parts(p.dtype), t.chunk, p.width), jnp.float32),
+        decays.scratch_of_sums(p),
         pltpu.VMEM((*units, p.value_width, p.width), p.dtype),
         pltpu.VMEM((*units, *square), p.dtype),
         pltpu.VMEM((*units, p.group, *square), p.dtype),
+        pltpu.VMEM((*units, 1 + p.group, t.chunk, p.width), p.dtype),
+        pltpu.VMEM((*units, t.chunk, p.width), p.dtype),
         pltpu.VMEM((*units, *square), p.dtype),
         pltpu.VMEM((*units, t.chunk, p.value_width), jnp.float32),
         pltpu.VMEM((*units, t.chunk, p.value_width), p.dtype),
+        pltpu.VMEM((*units, t.chunk, p.value_width), jnp.float32),
+        pltpu.VMEM((*units, p.value_width, p.width), jnp.float32),
     ]
     p, name = dataclasses.replace(p, turned=True), "channel_delta_rule_backward"
     dq, dk, dv, d0, db, dbeta = walk.backward(p, _backward_kernel, name, macs, operands, more, scratch)

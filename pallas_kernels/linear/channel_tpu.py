@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import channel_decays as decays
-from pallas_kernels.linear import gates, walk
+from pallas_kernels.linear import walk
 from pallas_kernels.linear.channel_decays import plus, times, turned
 from pallas_kernels.linear.walk import Problem, dot
 
@@ -77,14 +77,13 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
 
 def _backward_kernel(p: Problem, *refs: Any) -> None:
     q_ref, k_ref, v_ref, do_ref, gate_ref, start_ref, dend_ref, *outs = refs
-    dq_ref, dk_ref, dv_ref, d0_ref, db_ref, states, kept_sums, kept_entered, gradient = outs
+    dq_ref, dk_ref, dv_ref, d0_ref, db_ref, states, sums_ref, kept_entered, gradient = outs
     step, t, size = p.steps - 1 - pl.program_id(2), p.tiling, p.tiling.chunk
-    part, heads = functools.partial(walk.part, p, step=step), range(p.tiling.heads)
+    part, heads = functools.partial(walk.part, p, step=step), range(t.heads)
 
     def again(moderate: bool, c: Any, h: int) -> Iterator[None]:
         sums = decays.gate_sums(p, part(gate_ref, c, h, p.width))
-        for i, x in enumerate(sums):
-            kept_sums[c, h, i] = x
+        decays.keep_sums(sums_ref, c, h, sums)
         d = decays.of(p, sums, moderate=moderate)
         yield
         written = dot(part(v_ref, c, h, p.value_width), (part(k_ref, c, h, p.width) * d.write).astype(p.dtype), (0, 0))
@@ -98,7 +97,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         pairs = list(zip(p.queries(h), p.outputs(h), strict=True))
         queries = [part(q_ref, c, n, p.width) for n, _ in pairs]
         gradients = [part(do_ref, c, m, p.value_width) for _, m in pairs]
-        d = decays.of(p, [kept_sums[c, h, i] for i in range(gates.parts(p.dtype))], moderate=moderate)
+        d = decays.of(p, decays.kept_sums(p, sums_ref, c, h), moderate=moderate)
         of_left = times(d.leave, gradient[h])
         entered, left = kept_entered[c, h], of_left.astype(p.dtype)
         yield
@@ -194,7 +193,7 @@ def backward(
     name = "channel_linear_attention_backward"
     units = (p.tiling.chunks, p.tiling.heads)
     scratch = [
-        pltpu.VMEM((*units, gates.parts(p.dtype), p.tiling.chunk, p.width), jnp.float32),
+        decays.scratch_of_sums(p),
         pltpu.VMEM((*units, p.value_width, p.width), p.dtype),
     ]
     p = dataclasses.replace(p, turned=True)

@@ -67,8 +67,7 @@ def choose(
       shared: heads that have one query and key head.
       large: for units of several times the work, the delta rule's. A unit waits long for its inverse, so that forward
         steps, of which the first chunks have no others to hide behind, are longer.
-      of_channels: for decays of channels, which are large too. A strong one makes its whole step slower, so that steps
-        of the forward walk are as short as backward.
+      of_channels: for decays of channels, which are large too.
       cores: of a device; `None` asks the device that is compiled for, where it is known.
     """
     chunk, size = LANES, jnp.dtype(dtype).itemsize
@@ -90,10 +89,11 @@ def choose(
 
     while chunks > 1 and taken(chunks) > VMEM // 2:
         chunks -= 1
-    moved = 2 * size * chunk * chunks * together * (group + 1) * (width + value_width)
-    longest = 1 if of_channels else 4 if large else 2
-    times = max(min(longest, -(-length // (chunk * chunks)), VMEM // 2 // moved), 1)
-    return Tiling(chunk, chunks, together, LAG, times)
+    # Operands and results of a backward step's tokens, of which the forward walk has no others.
+    a_token = size * (group + 1) * (width + value_width) + (4 * width if of_channels else 0)
+    longest = 4 if large and not of_channels else 2
+    times = min(longest, -(-length // (chunk * chunks)), VMEM // 2 // (2 * chunk * chunks * together * a_token))
+    return Tiling(chunk, chunks, together, LAG, max(times, 1))
 
 
 def _cores() -> int:
