@@ -158,13 +158,17 @@ def test_gates_of_minus_twenty_a_step_are_exact():
     assert_close(value_and_gradients(narrow, chunk_size=32), want, 2e-6)
 
 
-@pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_a_key_that_never_changes(beta):
-    """L is then full of `beta`: its powers grow to 1e18, its inverse does not."""
+@pytest.mark.parametrize(("beta", "condition"), [(1.0, 64 * 2), (2.0, 127 * 127)])
+def test_a_key_that_never_changes(beta, condition):
+    """L is then full of `beta`: its powers grow to 1e18, the inverse of I + L does not.
+
+    Its rows are (.., -1, 1), or for a beta of 2 (.., 2, -2, 1). What is lost of the digits that the condition number of
+    a chunk puts at risk depends on the order of sums, and so on the processor: a fifth of them may be.
+    """
     x = make(130, "none")
     x["key"] = np.broadcast_to(x["key"][:, :1], x["key"].shape).copy()
     x["beta"] = np.full_like(x["beta"], beta)
-    assert_close(run(functools.partial(op, chunk_size=64), x), recurrence(**x), 1e-5)
+    assert_close(run(functools.partial(op, chunk_size=64), x), recurrence(**x), condition * 2.0**-24 / 5)
 
 
 def test_chunk_size_changes_nothing():
