@@ -105,7 +105,7 @@ def scan(system, state=None, **options):
     return jax.jit(functools.partial(dsf_scan, **options))(system, initial_state=state)
 
 
-def close(got, want, tolerance=1e-12):
+def assert_close(got, want, tolerance=1e-12):
     got, want = np.asarray(got), np.asarray(want)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
@@ -148,12 +148,12 @@ def test_every_mode_is_the_recurrence_and_phi_times_v(name):
     want, last = by_hand(system)
     for mode, options in (("scan", {}), ("associative", {}), ("chunk", {"chunk_size": 4}), ("chunk", {})):
         out, state = scan(system, mode=mode, return_state=True, **options)
-        close(out, want, 1e-11)
-        close(state, last, 1e-11)
+        assert_close(out, want, 1e-11)
+        assert_close(state, last, 1e-11)
     phi = dsf_materialize(system)
     assert (np.triu(np.ones((T, T)), 1)[..., *[None] * (phi.ndim - 4)] * phi == 0).all()
     spec = "bkij,bjkp->bikp" if phi.ndim == 4 else "bkijp,bjkp->bikp"
-    close(jnp.einsum(spec, phi, system.value), want, 1e-11)
+    assert_close(jnp.einsum(spec, phi, system.value), want, 1e-11)
     assert phi.ndim == (
         4 if name in ("softmax", "linear", "normalized", "normalized_readout", "mamba2", "by_key") else 5
     )
@@ -166,8 +166,8 @@ def test_any_split_is_the_whole(name):
     want, last = by_hand(system)
     first, state = run(piece(system, 0, 6))
     second, state = run(piece(system, 6, T), state)
-    close(jnp.concatenate([first, second], axis=1), want, 1e-11)
-    close(state, last, 1e-11)
+    assert_close(jnp.concatenate([first, second], axis=1), want, 1e-11)
+    assert_close(state, last, 1e-11)
 
 
 @every_system
@@ -178,8 +178,8 @@ def test_segments_are_separate_runs_and_the_first_has_the_state(name):
     for row, cuts in enumerate(([0, 6, T], [0, 5, 6, T])):
         for start, stop in itertools.pairwise(cuts):
             want, end = by_hand(piece(system._replace(segment_ids=None), start, stop), np.asarray(state) * (start == 0))
-            close(got[row, start:stop], want[row], 1e-11)
-        close(last[row], end[row], 1e-11)
+            assert_close(got[row, start:stop], want[row], 1e-11)
+        assert_close(last[row], end[row], 1e-11)
     assert (np.asarray(dsf_eigenvalues(system))[0, 6] == 0).all()
     assert (np.asarray(dsf_eigenvalues(system))[:, 0] != 0).all()
 
@@ -208,21 +208,21 @@ def test_gradients_are_those_of_phi_times_v(name):
         got = gradient(lambda *x, mode=mode: dsf_scan(jax.tree.unflatten(tree, x), mode=mode, chunk_size=4))
         for part, a, b in zip(tree.unflatten(leaves)._fields, got, want, strict=False):
             assert np.any(b) or part == "rate", part  # a plain sum has a step of 0, and then no use for a rate
-            close(a, b, 1e-10)
+            assert_close(a, b, 1e-10)
 
 
 def test_a_convolution_is_the_scan_of_what_no_token_changes():
     system = lru_dsf(*lru_parts())
-    close(dsf_scan(system, mode="convolution"), dsf_scan(system, mode="scan"))
+    assert_close(dsf_scan(system, mode="convolution"), dsf_scan(system, mode="scan"))
     one, many = normal(1, 1, N, n, 1), normal(1, 1, N, n, p, seed=1)
     real = DSFSystem(one[:, :, :, :1] ** 2, -jnp.exp(normal(N, n, p)), many, one, normal(B, T, N, p), one, normal(N, p))
-    close(dsf_scan(real, mode="convolution"), dsf_scan(real, mode="scan"))
+    assert_close(dsf_scan(real, mode="convolution"), dsf_scan(real, mode="scan"))
 
 
 @every_system
 def test_one_token_needs_no_eigenvalue(name):
     system = piece(SYSTEMS[name](), 0, 1)
-    close(scan(system._replace(step=system.step - 3)), scan(system))
+    assert_close(scan(system._replace(step=system.step - 3)), scan(system))
 
 
 @pytest.mark.parametrize("name", ["normalized", "s6", "lru", "rglru"])
@@ -230,7 +230,7 @@ def test_a_padded_token_with_a_step_and_a_beta_of_0_changes_no_state(name):
     system = SYSTEMS[name]()._replace(segment_ids=None)
     real = (jnp.arange(T) < 9)[:, None, None, None]
     padded = system._replace(step=jnp.where(real, system.step, 0), beta=jnp.where(real, system.beta, 0))
-    close(dsf_scan(padded, return_state=True)[1], dsf_scan(piece(system, 0, 9), return_state=True)[1])
+    assert_close(dsf_scan(padded, return_state=True)[1], dsf_scan(piece(system, 0, 9), return_state=True)[1])
 
 
 @pytest.mark.parametrize("name", ["linear", "s6", "lru", "qlstm"])
@@ -244,7 +244,7 @@ def test_states_are_float32_under_bfloat16(name):
     out, state = dsf_scan(narrow, return_state=True)
     assert out.dtype == (jnp.complex64 if name == "lru" else jnp.bfloat16)
     assert state.dtype == (jnp.complex64 if name == "lru" else jnp.float32)
-    close(out.astype(state.dtype), dsf_scan(wide), 2e-2)
+    assert_close(out.astype(state.dtype), dsf_scan(wide), 2e-2)
 
 
 @pytest.mark.parametrize("mode", ["scan", "associative", "chunk"])
@@ -265,7 +265,7 @@ def test_parts_of_any_row_go_with_those_of_any_other():
             other = SYSTEMS[name]()
             wide = other.value if step.shape[2] == 1 else jnp.broadcast_to(other.value, (B, T, N, p))
             mixed = other._replace(step=step, rate=rate, beta=beta, value=wide)
-            close(scan(mixed), by_hand(mixed)[0], 1e-11)
+            assert_close(scan(mixed), by_hand(mixed)[0], 1e-11)
 
 
 # The rows are their published formulas
@@ -282,18 +282,18 @@ def test_attention_rows():
     assert np.allclose(q, np.where(query < 0, np.exp(query), query + 1))
     weights = jnp.einsum("bind,bjnd->bnij", q, k) * np.tril(np.ones((T, T)))
     want = masked(weights / weights.sum(-1, keepdims=True), value)
-    close(causal(linear_attention_dsf(query, key, value)), want)
-    close(causal(linear_attention_dsf(query, key, value, normalize_in="readout")), want)
-    close(linear_attention(q, k, value, normalize=True, eps=0.0), want)
+    assert_close(causal(linear_attention_dsf(query, key, value)), want)
+    assert_close(causal(linear_attention_dsf(query, key, value, normalize_in="readout")), want)
+    assert_close(linear_attention(q, k, value, normalize=True, eps=0.0), want)
     log_eta = normal(B, T, N)
     scores = jnp.einsum("bind,bjnd->bnij", query, key) / jnp.exp(log_eta).swapaxes(1, 2)[..., None]
-    close(causal(normalized_attention_dsf(query, key, value, log_eta)), masked(scores, value))
+    assert_close(causal(normalized_attention_dsf(query, key, value, log_eta)), masked(scores, value))
 
 
 def test_linear_attention_in_segments_divides_by_its_own_segment():
     query, key, value = heads()
     system = linear_attention_dsf(query, key, value, segment_ids=jnp.asarray(IDS))
-    close(dsf_scan(system._replace(value=jnp.ones_like(value))), jnp.ones_like(value))
+    assert_close(dsf_scan(system._replace(value=jnp.ones_like(value))), jnp.ones_like(value))
 
 
 def test_s6_is_its_loop():
@@ -303,33 +303,33 @@ def test_s6_is_its_loop():
     for t in range(T):
         state = np.exp(delta[:, t, :, None] * A) * state + (delta[:, t] * u[:, t])[..., None] * b[:, t, None]
         want.append((state * c[:, t, None]).sum(-1) + D * u[:, t])
-    close(dsf_scan(s6_dsf(**parts))[:, :, 0], np.stack(want, 1))
+    assert_close(dsf_scan(s6_dsf(**parts))[:, :, 0], np.stack(want, 1))
     out, last = selective_scan(**parts, return_state=True)
-    close(out, np.stack(want, 1))
-    close(last, state)
+    assert_close(out, np.stack(want, 1))
+    assert_close(last, state)
 
 
 def test_mamba_2_is_simple_gla_with_a_skip():
     x, delta, A, D = normal(B, T, N, p), jax.nn.softplus(normal(B, T, N)), -jnp.exp(normal(N)), normal(N, seed=1)
     c, b, _ = heads()
     want = simple_gla(c, b, delta[..., None] * x, delta * A, scale=1.0) + D[:, None] * x
-    close(dsf_scan(mamba2_dsf(x, delta, A, b, c, D)), want)
+    assert_close(dsf_scan(mamba2_dsf(x, delta, A, b, c, D)), want)
     shared = mamba2_dsf(x, delta, A, b[:, :, :1], c[:, :, :1], D)
     repeated = mamba2_dsf(x, delta, A, *(jnp.repeat(y[:, :, :1], N, axis=2) for y in (b, c)), D)
-    close(dsf_scan(shared), dsf_scan(repeated))
+    assert_close(dsf_scan(shared), dsf_scan(repeated))
 
 
 def test_lru_is_its_loop_and_its_eigenvalues_lie_in_the_unit_circle():
     Bu, nu, theta, gamma = (np.asarray(x) for x in lru_parts())
     system = lru_dsf(*lru_parts())
     lam = np.exp(-np.exp(nu) + 1j * np.exp(theta))
-    close(dsf_eigenvalues(system)[1, 3, 0, 0], lam)
+    assert_close(dsf_eigenvalues(system)[1, 3, 0, 0], lam)
     assert (np.abs(lam) < 1).all()
     state, want = 0, []
     for t in range(T):
         state = lam * state + np.exp(gamma) * Bu[:, t]
         want.append(state)
-    close(dsf_scan(system)[:, :, 0], np.stack(want, 1))
+    assert_close(dsf_scan(system)[:, :, 0], np.stack(want, 1))
 
 
 @pytest.mark.parametrize("alpha", [None, 1.7, 0.0, -2.0])
@@ -341,7 +341,7 @@ def test_qlstm_is_its_loop(alpha):
         state = lam[:, t] * state + sigmoid(write[:, t]) * x[:, t]
         want.append(sigmoid(read[:, t]) * state)
     system = qlstm_dsf(*gates(4), None if alpha is None else jnp.asarray(alpha))
-    close(dsf_scan(system)[:, :, 0], np.stack(want, 1))
+    assert_close(dsf_scan(system)[:, :, 0], np.stack(want, 1))
     if alpha is not None and alpha <= 0:
         assert (np.asarray(dsf_eigenvalues(system)) == 1).all(), "a pure integrator"
 
@@ -357,10 +357,10 @@ def test_rg_lru_is_its_loop_and_its_reset_splits_documents():
         state = lam[:, t] * state + root[:, t] * sigmoid(write[:, t]) * x[:, t]
         want.append(state)
     whole = dsf_scan(rglru_dsf(*gates(3), normal(p), jnp.asarray(starts)))
-    close(whole[:, :, 0], np.stack(want, 1))
+    assert_close(whole[:, :, 0], np.stack(want, 1))
     parts = [dsf_scan(rglru_dsf(*(g[:, cut] for g in gates(3)), normal(p), jnp.asarray(starts[:, cut])))
              for cut in (slice(0, 6), slice(6, T))]  # fmt: skip
-    close(whole[1], jnp.concatenate(parts, axis=1)[1])
+    assert_close(whole[1], jnp.concatenate(parts, axis=1)[1])
     # A gate that never opens keeps everything, and its root has a gradient.
     shut = jax.grad(lambda decay: jnp.sum(dsf_scan(rglru_dsf(*gates(3), decay))))(jnp.full(p, -800.0))
     assert np.isfinite(shut).all()
@@ -373,7 +373,7 @@ def test_s6_forgets_as_the_reversed_sigmoid_does():
     x = normal(B, T, p)
     s6 = delta_gating(jax.nn.softplus(x)[:, :, None], -1.7 * jnp.ones((1, 1, 1)))
     reversed_ = sigmoid_gating(x, x, jnp.asarray(1.7))
-    close(jnp.exp(s6.step * s6.rate), sigmoid(-np.asarray(x))[:, :, None, None] ** 1.7)
+    assert_close(jnp.exp(s6.step * s6.rate), sigmoid(-np.asarray(x))[:, :, None, None] ** 1.7)
     np.testing.assert_array_equal(s6.step * s6.rate, reversed_.step * reversed_.rate)
 
 
@@ -383,20 +383,20 @@ def test_normalised_attention_is_a_state_space_model():
     system = normalized_attention_dsf(query, key, value, log_eta)
     lam = np.asarray(dsf_eigenvalues(system))
     eta = np.exp(np.asarray(log_eta))
-    close(lam[:, 1:, :, 0, 0], eta[:, :-1] / eta[:, 1:])
+    assert_close(lam[:, 1:, :, 0, 0], eta[:, :-1] / eta[:, 1:])
     assert (lam[:, 0] == 1).all()
     assert lam.max() > 1, "a state may grow"
     plain, sums = dsf_scan(
         normalized_attention_dsf(query, key, value, log_eta, normalize_in="readout"), return_state=True
     )
     out, state = dsf_scan(system, return_state=True)
-    close(out, plain, 1e-11)
-    close(state, sums / eta[:, -1, :, None, None], 1e-11)
+    assert_close(out, plain, 1e-11)
+    assert_close(state, sums / eta[:, -1, :, None, None], 1e-11)
     # Where eta falls by more than float32 holds, the plain sum divided at the end is still right.
     steep = jnp.where(jnp.arange(T) < 5, 60.0, -60.0)[:, None] * jnp.ones((B, T, N))
     narrow = [x.astype(jnp.float32) for x in (query, key, value, steep)]
     late = dsf_scan(normalized_attention_dsf(*narrow, normalize_in="readout"))
-    close(late[:, 5:], dsf_scan(normalized_attention_dsf(query, key, value, steep))[:, 5:], 1e-5)
+    assert_close(late[:, 5:], dsf_scan(normalized_attention_dsf(query, key, value, steep))[:, 5:], 1e-5)
 
 
 def test_linear_attention_is_s6_with_eta_in_the_place_of_delta():
@@ -406,12 +406,12 @@ def test_linear_attention_is_s6_with_eta_in_the_place_of_delta():
     q, k = elu_features(query), elu_features(key)
     s6 = s6_dsf(value[:, :, 0], jnp.ones((B, T, p)), jnp.asarray(-1.0), k[:, :, 0], q[:, :, 0])
     eta = jnp.einsum("btnd,btnd->btn", q, jnp.cumsum(k, axis=1))
-    close(dsf_scan(s6._replace(**eta_gating(jnp.log(eta))._asdict())), dsf_scan(attention))
+    assert_close(dsf_scan(s6._replace(**eta_gating(jnp.log(eta))._asdict())), dsf_scan(attention))
     # And the other way: with S6's own gating attention is S6.
     delta = jax.nn.softplus(normal(B, T))[..., None]
     tied = delta_gating(delta[..., None], -0.7 * jnp.ones((1, 1, 1)))
     as_s6 = s6_dsf(value[:, :, 0], jnp.repeat(delta, p, axis=2), jnp.asarray(-0.7), k[:, :, 0], q[:, :, 0])
-    close(dsf_scan(attention._replace(**tied._asdict())), dsf_scan(as_s6))
+    assert_close(dsf_scan(attention._replace(**tied._asdict())), dsf_scan(as_s6))
 
 
 def test_softmax_needs_an_infinite_state():
@@ -434,16 +434,16 @@ def test_taylor_features_multiply_to_the_polynomial():
     score = (x * y).sum(-1)
     for order in range(4):
         want = sum(score**i / math.factorial(i) for i in range(order + 1))
-        close((taylor_features(x, order) * taylor_features(y, order)).sum(-1), want)
+        assert_close((taylor_features(x, order) * taylor_features(y, order)).sum(-1), want)
 
 
 def test_eigenvalues_of_softmax_itself():
     query, key, _ = heads()
     scores = jnp.exp(jnp.einsum("bind,bjnd->bnij", query, key) * n**-0.5) * np.tril(np.ones((T, T)))
     eta = scores.sum(-1).swapaxes(1, 2)
-    close(jnp.exp(softmax_log_eta(query, key)), eta)
+    assert_close(jnp.exp(softmax_log_eta(query, key)), eta)
     step, rate, _ = eta_gating(softmax_log_eta(query, key))
-    close(jnp.exp(step * rate)[:, 1:, :, 0, 0], eta[:, :-1] / eta[:, 1:])
+    assert_close(jnp.exp(step * rate)[:, 1:, :, 0, 0], eta[:, :-1] / eta[:, 1:])
 
 
 def test_normalisers():
@@ -451,9 +451,9 @@ def test_normalisers():
     functions = {"exp": np.exp, "elu": lambda x: np.where(x < 0, np.expm1(x), x),
                  "softplus": lambda x: np.log1p(np.exp(x)), "sigmoid": sigmoid}  # fmt: skip
     for name in ("exp", "softplus", "sigmoid"):
-        close(jnp.exp(log_normalizer(x, name)), functions[name](np.asarray(x)))
+        assert_close(jnp.exp(log_normalizer(x, name)), functions[name](np.asarray(x)))
     for name, function in functions.items():
-        close(log_normalizer(x, f"exp_of:{name}"), function(np.asarray(x)))
+        assert_close(log_normalizer(x, f"exp_of:{name}"), function(np.asarray(x)))
     far = jnp.asarray([-1000.0, -60.0], jnp.float32)
     for name in ("softplus", "sigmoid"):
         np.testing.assert_allclose(log_normalizer(far, name), far)
@@ -470,21 +470,21 @@ def test_selective_scan_has_mambas_arguments():
     out, last = selective_scan(**given, return_state=True)
     step = np.log1p(np.exp(np.asarray(logits + bias)))
     want, end = selective_scan(**{**parts, "delta": jnp.asarray(step)}, return_state=True)
-    close(out, want * z * sigmoid(np.asarray(z)))
-    close(last, end)
+    assert_close(out, want * z * sigmoid(np.asarray(z)))
+    assert_close(last, end)
     state, tokens = jnp.zeros((B, p, n)), []
     for t in range(T):
         token = {name: given[name][:, t] for name in ("u", "delta", "B", "C", "z")}
         y, state = selective_scan_step(**{**given, **token}, state=state)
         tokens.append(y)
-    close(jnp.stack(tokens, axis=1), out)
-    close(state, last)
+    assert_close(jnp.stack(tokens, axis=1), out)
+    assert_close(state, last)
     first, state = selective_scan(**{k: x[:, :6] if getattr(x, "ndim", 0) == 3 else x for k, x in given.items()},
                                   return_state=True)  # fmt: skip
     second = selective_scan(
         **{k: x[:, 6:] if getattr(x, "ndim", 0) == 3 else x for k, x in given.items()}, initial_state=state
     )
-    close(jnp.concatenate([first, second], axis=1), out)
+    assert_close(jnp.concatenate([first, second], axis=1), out)
 
 
 def test_selective_scan_never_holds_all_states():
