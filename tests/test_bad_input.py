@@ -329,7 +329,7 @@ every_entry = pytest.mark.parametrize("entry", OPS, ids=lambda entry: entry.name
 
 
 @every_entry
-@settings(derandomize=True, database=None, max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, database=None, max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_wrong_argument_among_others_is_named(entry, data):
     changes = changes_of(entry.name)

@@ -29,6 +29,7 @@ B, T, N, K, H, V, F = 2, 13, 6, 3, 5, 7, 11
 OPS = tuple({entry.op: entry for entry in reversed((*catalog.CATALOG, *catalog.WEIGHTED))}.values())[::-1]
 CASES = [(entry, implementation) for entry in OPS for implementation in ("reference", "xla")]
 every_case = pytest.mark.parametrize(("entry", "implementation"), CASES, ids=[f"{e.name}-{i}" for e, i in CASES])
+every_op = pytest.mark.parametrize("entry", OPS, ids=lambda entry: entry.name)
 # Most of the time here is LLVM's; what it would optimise away is not what is tested.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 traces: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -167,9 +168,20 @@ def value_and_gradients(name: str, implementation: str) -> Any:
 
 
 @functools.cache
-def gradients(name: str, implementation: str) -> Any:
-    """Of the sum of the one output of a plain call."""
-    return quick_jit(jax.grad(lambda x: projected(call(catalog.get(name), implementation)(x))))
+def pulled_back(name: str, implementation: str) -> Any:
+    """The output of a plain call, causal where it may be, and what a cotangent of it becomes; tests share it."""
+    entry = catalog.get(name)
+
+    def run(x: dict[str, Any], cotangent: Any) -> tuple[Any, dict[str, Any]]:
+        out, pull_back = jax.vjp(call(entry, implementation, **causal(entry)), x)
+        return out, pull_back(cotangent)[0]
+
+    return quick_jit(run)
+
+
+def cotangent_of(entry: catalog.Entry) -> np.ndarray:
+    heads, width = N, V if "value_dim" in entry.features else H
+    return np.cos(np.arange(B * T * heads * width)).reshape(B, T, heads, width).astype(np.float32)
 
 
 def assert_close(got: Any, want: Any, tolerance: float) -> None:
@@ -255,7 +267,7 @@ def test_gradients_are_those_of_finite_differences(entry, implementation):
             assert abs(got - want) <= 1e-7 * size + 1e-8, name
 
 
-@pytest.mark.parametrize("entry", OPS, ids=lambda entry: entry.name)
+@every_op
 def test_implementations_agree(entry):
     with jax.enable_x64(True):
         x = arguments(entry, np.float64, every=True)
@@ -307,11 +319,11 @@ def test_segments_are_separate_runs(entry, implementation):
 
 @every_case
 def test_no_gradient_comes_from_the_future(entry, implementation):
-    op = call(entry, implementation, **causal(entry))
-    row = quick_jit(jax.grad(lambda x, t: projected(op(x)[:, t])))
-    x = arguments(entry)
+    x, cotangent = arguments(entry), cotangent_of(entry)
     for t in (0, 6, T - 2):
-        gradient = row(x, t)
+        row = np.zeros_like(cotangent)
+        row[:, t] = cotangent[:, t]
+        _, gradient = pulled_back(entry.name, implementation)(x, row)
         for name in ("query", "key", "value"):
             assert not np.any(gradient[name][:, t + 1 :]), name
         assert np.any(gradient["value"][:, t])
@@ -363,60 +375,68 @@ def test_a_scale_of_zero_is_legal(entry, implementation):
     assert not np.array_equal(out, plain(entry.name, implementation)(x))
 
 
-@every_case
-def test_inside_checkpoint_and_scan(entry, implementation):
-    op = call(entry, implementation)
+# What JAX makes of an op is not tried on its definition too: that is a few operations of JAX's own.
+@every_op
+def test_inside_checkpoint_and_scan(entry):
+    op = call(entry, "xla", **causal(entry))
     layers = arguments(entry)
-    del layers["query"]
+    query = layers.pop("query")
     layers = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), layers)
-    query = arguments(entry)["query"]
-
-    def layer(query: Any, x: Any) -> Any:
-        return query + op({**x, "query": query})[..., :H]
+    cotangent = cotangent_of(entry)[..., :H]
 
     def scanned(query: Any, layers: Any) -> Any:
-        body = jax.checkpoint(lambda carry, x: (layer(carry, x), None))
-        return projected(jax.lax.scan(body, query, layers)[0])
+        body = jax.checkpoint(lambda query, x: (query + op({**x, "query": query})[..., :H], None))
+        return jax.lax.scan(body, query, layers)[0]
 
-    def unrolled(query: Any, layers: Any) -> Any:
-        for i in range(2):
-            query = layer(query, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-        return projected(query)
+    @quick_jit
+    def run(query: Any, layers: Any) -> Any:
+        out, pull_back = jax.vjp(scanned, query, layers)
+        return out, *pull_back(cotangent)
 
-    got, want = (quick_jit(jax.value_and_grad(f, argnums=(0, 1)))(query, layers) for f in (scanned, unrolled))
-    assert_close(got, want, 2e-5)
+    one = pulled_back(entry.name, "xla")
+    whole = np.zeros_like(cotangent_of(entry))
+    inputs, query_of = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(2)], [query]
+    for x in inputs:
+        query_of.append(query_of[-1] + one({**x, "query": query_of[-1]}, whole)[0][..., :H])
+    gradients, arriving = [], cotangent
+    for x, before in zip(inputs[::-1], query_of[-2::-1], strict=True):
+        whole[..., :H] = arriving
+        _, gradient = one({**x, "query": before}, whole)
+        arriving = arriving + gradient.pop("query")
+        gradients.append(gradient)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *gradients[::-1])
+    assert_close(run(query, layers), (query_of[-1], arriving, stacked), 2e-5)
 
 
 def placement(x: dict[str, Any]) -> dict[str, P]:
     return {name: P("data") if has_axes(leaf, B) else P() for name, leaf in x.items()}
 
 
-@every_case
-def test_inside_shard_map(entry, implementation):
-    x = arguments(entry)
+@every_op
+def test_inside_shard_map(entry):
+    x, cotangent = arguments(entry), cotangent_of(entry)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    op = jax.shard_map(call(entry, implementation), mesh=mesh, in_specs=(placement(x),), out_specs=P("data"))
-    got = quick_jit(jax.grad(lambda x: projected(op(x))))(x)
-    assert_close(got, gradients(entry.name, implementation)(x), 1e-5)
+    op = call(entry, "xla", **causal(entry))
+    op = jax.shard_map(op, mesh=mesh, in_specs=(placement(x),), out_specs=P("data"))
+    got = quick_jit(jax.grad(lambda x: jnp.sum(op(x) * cotangent)))(x)
+    assert_close(got, pulled_back(entry.name, "xla")(x, cotangent)[1], 1e-5)
 
 
-@every_case
-def test_on_a_mesh_of_explicit_axes(entry, implementation):
-    x = arguments(entry)
+@every_op
+def test_on_a_mesh_of_explicit_axes(entry):
+    x, cotangent = arguments(entry), cotangent_of(entry)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         placed = {name: jax.device_put(x[name], NamedSharding(mesh, spec)) for name, spec in placement(x).items()}
-        op = call(entry, implementation)
-        weights = jax.device_put(np.cos(np.arange(B * T * N * V).reshape(B, T, N, V)), NamedSharding(mesh, P("data")))
-        loss = quick_jit(jax.value_and_grad(lambda x: jnp.sum(op(x) * weights)))
-        got = loss(placed)
+        op = call(entry, "xla", **causal(entry))
+        weights = jax.device_put(cotangent, NamedSharding(mesh, P("data")))
+        got = quick_jit(jax.grad(lambda x: jnp.sum(op(x) * weights)))(placed)
         out_type = jax.eval_shape(op, placed)
         assert out_type.sharding.spec == P("data", None, None, None)
-    want = quick_jit(jax.value_and_grad(lambda x: jnp.sum(op(x) * np.asarray(weights))))(x)
-    assert_close(jax.device_get(got), jax.device_get(want), 1e-5)
+    assert_close(jax.device_get(got), jax.device_get(pulled_back(entry.name, "xla")(x, cotangent)[1]), 1e-5)
 
 
-@pytest.mark.parametrize("entry", OPS, ids=lambda entry: entry.name)
+@every_op
 def test_memory_is_linear_in_the_length(entry):
     temp = {}
     for length in (1024, 4096):

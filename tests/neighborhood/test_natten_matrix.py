@@ -50,8 +50,8 @@ HEADS, WIDTH = 1, 8
 
 
 def axes(problems):
-    """With every combination of causal axes."""
-    return [(*x, c) for x in problems for c in itertools.product((False, True), repeat=len(x[0]))]
+    """With causal axes such that any two axes occur in every combination: an orthogonal array of strength 2."""
+    return [(*x, (a, b, a ^ b)[: len(x[0])]) for x in problems for a, b in itertools.product((False, True), repeat=2)]
 
 
 MATRIX = [((length,), *rest) for length, *rest in LINES] + axes(PLANES) + axes(VOLUMES)

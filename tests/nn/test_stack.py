@@ -37,11 +37,16 @@ def together(modules, x, rates, key):
 
 
 @pytest.mark.parametrize(
-    ("dilations", "loops"),
-    [((1,) * 5, 1), ((1, 2) * 3 + (1,), 1), ((1, 2, 1, 2), 0), ((1, 2, 2, 1, 1), 0), ((2,), 0)],
-    ids=["alike", "in turn, and one more", "too few in turn", "irregular", "one"],
+    ("dilations", "loops", "key"),
+    [
+        pytest.param((1,) * 5, 1, jax.random.key(5), id="alike, random"),
+        pytest.param((1, 2) * 3 + (1,), 1, None, id="in turn, and one more, fixed"),
+        pytest.param((1, 2) * 3 + (1,), 1, jax.random.key(5), id="in turn, and one more, random"),
+        pytest.param((1, 2, 1, 2), 0, None, id="too few in turn, fixed"),
+        pytest.param((1, 2, 2, 1), 0, jax.random.key(5), id="irregular, random"),
+        pytest.param((2,), 0, jax.random.key(5), id="one, random"),
+    ],
 )
-@pytest.mark.parametrize("key", [None, jax.random.key(5)], ids=["fixed", "random"])
 def test_a_loop_changes_nothing(dilations, loops, key):
     graph, parameters = nnx.split(blocks(dilations))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, *GRID, WIDTH)), jnp.float32)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ TINY = (
     "--log-every 5 --save-every-seconds 0"
 )
 STEPS = "--schedule.seconds None --schedule.steps 32 --eval-every 15"
+PROGRAMS = tempfile.TemporaryDirectory(prefix="jattn-programs-")
+"""Where runs leave what they compiled for the next ones."""
 
 
 def command(*words: str) -> list[str]:
@@ -29,9 +32,10 @@ def command(*words: str) -> list[str]:
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Quick compilation as in all tests."""
+    """Quick compilation as in all tests, and of a program only once."""
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
+    kept = {"JAX_COMPILATION_CACHE_DIR": PROGRAMS.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | kept | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
 
 
 def start(*words: str, devices: int = 1, **more: str) -> subprocess.Popen[str]:

@@ -33,12 +33,6 @@ STEPS = (
 )
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> dict[str, str]:
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -68,18 +62,18 @@ def losses(workdir: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, cache) -> Path:
+def one_process(tmp_path_factory) -> Path:
     """Eight devices of one process."""
     workdir = tmp_path_factory.mktemp("one") / "run"
-    finish("run pydoc_lm", TINY, STEPS, f"--workdir {workdir}", devices=8, **cache)
+    finish("run pydoc_lm", TINY, STEPS, f"--workdir {workdir}", devices=8)
     return workdir
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, cache) -> Path:
+def two_processes(tmp_path_factory) -> Path:
     """Four devices of each of two processes."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    processes = start_all(2, "run pydoc_lm", TINY, STEPS, f"--workdir {workdir}", devices=4, **cache)
+    processes = start_all(2, "run pydoc_lm", TINY, STEPS, f"--workdir {workdir}", devices=4)
     first, second = ends(processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert "after 24 steps" in first
@@ -102,9 +96,9 @@ def test_two_processes_have_the_curve_of_one(one_process, two_processes):
         np.testing.assert_allclose(weights[1][name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_one_of_two_is_killed_and_the_run_goes_on_with_another_number_of_hosts(two_processes, tmp_path, cache):
+def test_one_of_two_is_killed_and_the_run_goes_on_with_another_number_of_hosts(two_processes, tmp_path):
     words = ("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}")
-    processes = start_all(2, *words, devices=4, **cache)
+    processes = start_all(2, *words, devices=4)
     wait_for(lambda: sealed(tmp_path), processes[0])
     processes[1].send_signal(signal.SIGKILL)
     begin = time.monotonic()
@@ -119,14 +113,14 @@ def test_one_of_two_is_killed_and_the_run_goes_on_with_another_number_of_hosts(t
     newest = final_arrays(tmp_path)  # what was sealed is whole
     assert len(newest) > 20
     # One host for a while, ended by a signal, then two again: the same steps on the same data.
-    alone = start(*words, devices=8, **cache)
+    alone = start(*words, devices=8)
     before = sealed(tmp_path)
     wait_for(lambda: sealed(tmp_path) != before, alone)
     alone.send_signal(signal.SIGTERM)
     output, _ = alone.communicate(timeout=100)
     assert alone.returncode == 0, output
     assert "goes on from step" in output
-    processes = start_all(2, *words, devices=4, **cache)
+    processes = start_all(2, *words, devices=4)
     first, second = ends(processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
     if "this run is finished" not in first:
@@ -134,24 +128,24 @@ def test_one_of_two_is_killed_and_the_run_goes_on_with_another_number_of_hosts(t
     np.testing.assert_allclose(losses(tmp_path), losses(two_processes), rtol=1e-5, atol=1e-5)
 
 
-def test_a_signal_to_one_of_two_stops_both_at_the_same_step(two_processes, tmp_path, cache):
+def test_a_signal_to_one_of_two_stops_both_at_the_same_step(two_processes, tmp_path):
     words = ("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}")
-    processes = start_all(2, *words, devices=4, **cache)
+    processes = start_all(2, *words, devices=4)
     wait_for(lambda: sealed(tmp_path), processes[0])
     processes[1].send_signal(signal.SIGTERM)
     first, second = ends(processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert "stopped by another process at step" in first
-    processes = start_all(2, *words, devices=4, **cache)
+    processes = start_all(2, *words, devices=4)
     first, second = ends(processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert_same_bits(tmp_path, two_processes)
 
 
-def test_an_error_of_one_process_ends_all_with_the_message(tmp_path, cache):
+def test_an_error_of_one_process_ends_all_with_the_message(tmp_path):
     (tmp_path / "text.txt").write_text("too short")
     words = ("run pydoc_lm", TINY, STEPS, f"--data.source {tmp_path / 'text.txt'} --workdir {tmp_path / 'run'}")
-    processes = start_all(2, *words, devices=4, **cache)
+    processes = start_all(2, *words, devices=4)
     begin = time.monotonic()
     outputs = ends(processes, 60)
     assert time.monotonic() - begin < 60
@@ -195,9 +189,9 @@ def test_a_process_that_comes_late_hears_the_message_too():
         assert "error: the folder is none" in output
 
 
-def test_a_run_by_seconds_is_for_one_host(tmp_path, cache):
+def test_a_run_by_seconds_is_for_one_host(tmp_path):
     words = ("run pydoc_lm", TINY, f"--workdir {tmp_path / 'run'}")
-    for output in ends(start_all(2, *words, devices=4, **cache), 60):
+    for output in ends(start_all(2, *words, devices=4), 60):
         assert "schedule.seconds: each host has its own clock" in output
 
 
