@@ -273,7 +273,7 @@ def test_rematerialisation_changes_memory_and_not_the_step(remat, alone):
 
 # The minute that each takes is spent once for mixers that are split by the same code: `tests/test_sharding.py` has all.
 SPLIT_ALIKE = {"retnet": "lightning", "linear_transformer": "linear", "normalized_attention": "linear"}
-SPLIT_ALIKE |= {"delta_rule": "kda", "gated_delta_rule": "kda"}
+SPLIT_ALIKE |= {"delta_rule": "kda", "gated_delta_rule": "kda", "simple_gla": "mamba2", "hgrn2": "linear"}
 SPLIT = [entry for entry in CATALOG if entry.layer and entry.name not in SPLIT_ALIKE]
 
 
