@@ -29,7 +29,7 @@ every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 every_map = pytest.mark.parametrize("key_weight", [W_KEY, W_KEYS], ids=["by-key-head", "by-query-head"])
 
 
-def close(got, want, tolerance=1e-5):
+def assert_close(got, want, tolerance=1e-5):
     got, want = np.asarray(got), np.asarray(want)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
@@ -78,7 +78,7 @@ def test_a_map_is_its_formula(activation, fullspace):
         Q, W_QUERY, B_QUERY, activation=activation, fullspace=fullspace, temp=0.7, eps=0 if fullspace else 1e-12
     )
     want = phi(0.7 * (np.einsum("btnh,nhf->btnf", Q.astype(np.float64), W_QUERY) + B_QUERY), activation)
-    close(got, want if fullspace else want[..., :F], 1e-6)
+    assert_close(got, want if fullspace else want[..., :F], 1e-6)
     assert (np.asarray(got) > 0).all()
 
 
@@ -86,17 +86,17 @@ def test_a_map_is_its_formula(activation, fullspace):
 def test_two_maps_read_one_head_and_no_map_is_the_identity(activation):
     both = hedgehog_feature_map(KEY, W_KEYS, activation=activation)
     one = [hedgehog_feature_map(KEY, W_KEYS[first::2], activation=activation) for first in (0, 1)]
-    close(both, np.stack(one, axis=3).reshape(B, T, N, 2 * F), 1e-6)
+    assert_close(both, np.stack(one, axis=3).reshape(B, T, N, 2 * F), 1e-6)
     identity = np.broadcast_to(np.eye(H, dtype=np.float32), (K, H, H))
     plain = hedgehog_feature_map(KEY, activation=activation)
-    close(plain, hedgehog_feature_map(KEY, identity, activation=activation), 1e-6)
-    close(plain[:, 3], hedgehog_feature_map(KEY[:, 3], activation=activation), 1e-6)
+    assert_close(plain, hedgehog_feature_map(KEY, identity, activation=activation), 1e-6)
+    assert_close(plain[:, 3], hedgehog_feature_map(KEY[:, 3], activation=activation), 1e-6)
 
 
 def test_halves_of_softmax_dim_and_the_whole_of_softmax_joint_sum_to_one():
     halves = hedgehog_feature_map(Q, W_QUERY).reshape(B, T, N, 2, F)
-    close(halves.sum(axis=-1), np.ones((B, T, N, 2)), 1e-6)
-    close(hedgehog_feature_map(Q, W_QUERY, activation="softmax_joint").sum(axis=-1), np.ones((B, T, N)), 1e-6)
+    assert_close(halves.sum(axis=-1), np.ones((B, T, N, 2)), 1e-6)
+    assert_close(hedgehog_feature_map(Q, W_QUERY, activation="softmax_joint").sum(axis=-1), np.ones((B, T, N)), 1e-6)
     halves = hedgehog_feature_map(Q, W_QUERY, activation="exp_dim").reshape(B, T, N, 2, F)
     np.testing.assert_array_equal(halves.max(axis=-1), 1)
 
@@ -104,14 +104,14 @@ def test_halves_of_softmax_dim_and_the_whole_of_softmax_joint_sum_to_one():
 @every_activation
 def test_negation_swaps_the_halves(activation):
     there, back = (hedgehog_feature_map(sign * Q, W_QUERY, activation=activation) for sign in (1, -1))
-    close(jnp.roll(there, F, axis=-1), back, 1e-6)
+    assert_close(jnp.roll(there, F, axis=-1), back, 1e-6)
 
 
 @every_activation
 def test_a_constant_added_to_all_channels_is_forgotten_by_the_maps_that_normalise_each_half(activation):
     there, shifted = (hedgehog_feature_map(Q, W_QUERY, B_QUERY + c, activation=activation) for c in (0, 1.5))
     if activation.endswith("_dim"):
-        close(shifted, there, 1e-5)
+        assert_close(shifted, there, 1e-5)
     else:
         assert np.abs(shifted - there).max() > 0.1
 
@@ -137,7 +137,7 @@ def test_the_attention_is_its_weights(key_weight, activation, is_causal):
     out = hedgehog_attention(
         Q, KEY, VALUE, W_QUERY, key_weight, activation=activation, is_causal=is_causal, segment_ids=SEGMENTS
     )
-    close(out, read(student(key_weight, activation, allowed)))
+    assert_close(out, read(student(key_weight, activation, allowed)))
     ones = hedgehog_attention(Q, KEY, np.ones_like(VALUE), W_QUERY, key_weight, activation=activation)
     np.testing.assert_allclose(ones, 1, atol=1e-6)
 
@@ -152,7 +152,7 @@ def test_padded_keys_have_no_features_and_a_row_of_them_gives_nothing(key_weight
         return hedgehog_attention(Q, KEY, value, *weights, mask=mask, query_bias=B_QUERY)
 
     got = out(VALUE, (W_QUERY, key_weight))
-    close(got, read(student(key_weight, allowed=allowed, query_bias=B_QUERY)))
+    assert_close(got, read(student(key_weight, allowed=allowed, query_bias=B_QUERY)))
     assert not np.any(got[0, :2])
     gradient = jax.jit(jax.grad(lambda *x: jnp.sum(out(*x) ** 2), argnums=(0, 1)))(VALUE, (W_QUERY, key_weight))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -166,7 +166,7 @@ def test_one_token_is_its_value():
 
 def test_keys_of_another_length():
     out = hedgehog_attention(Q[:, :4], KEY, VALUE, W_QUERY, W_KEY, is_causal=False)
-    close(out, read(student(allowed=np.ones((T, T), bool)))[:, :4])
+    assert_close(out, read(student(allowed=np.ones((T, T), bool)))[:, :4])
 
 
 @every_map
@@ -181,11 +181,11 @@ def test_a_split_and_single_steps_give_the_whole(key_weight, activation):
     second, end = hedgehog_attention(
         Q[:, 6:], KEY[:, 6:], VALUE[:, 6:], W_QUERY, key_weight, initial_state=state, return_state=True, **options
     )
-    close(jnp.concatenate([first, second], axis=1), want)
+    assert_close(jnp.concatenate([first, second], axis=1), want)
     step = jax.jit(functools.partial(hedgehog_attention_step, **options))
     for t in range(6, T):
         out, state = step(Q[:, t], KEY[:, t], VALUE[:, t], state, W_QUERY, key_weight)
-        close(out, want[:, t])
+        assert_close(out, want[:, t])
     jax.tree.map(close, state, end)
 
 
@@ -213,7 +213,7 @@ def test_exp_of_the_identity_is_a_sum_of_hyperbolic_cosines():
     features = [hedgehog_feature_map(x, activation="exp") for x in (query, key)]
     products = jnp.einsum("btnf,bsnf->bnts", *features)
     total = np.moveaxis(query, 2, 1)[:, :, :, None] + np.moveaxis(key, 2, 1)[:, :, None]
-    close(products, 2 * np.cosh(total).sum(axis=-1), 1e-6)
+    assert_close(products, 2 * np.cosh(total).sum(axis=-1), 1e-6)
 
 
 def test_one_channel_is_monotone_and_spikier_than_elu():
@@ -261,9 +261,9 @@ def test_the_loss_is_the_mean_over_rows_that_see_something(key_weight, block_siz
         segment_ids=SEGMENTS,
         block_size=block_size,
     )
-    close(loss(), xent)
-    close(loss(xent_factor=0.0, mse_factor=1.0), mse)
-    close(loss(xent_factor=0.5, mse_factor=30.0), 0.5 * xent + 30 * mse)
+    assert_close(loss(), xent)
+    assert_close(loss(xent_factor=0.0, mse_factor=1.0), mse)
+    assert_close(loss(xent_factor=0.5, mse_factor=30.0), 0.5 * xent + 30 * mse)
 
 
 def test_the_teacher_is_softmax_attention_with_its_own_scale():
@@ -271,7 +271,7 @@ def test_the_teacher_is_softmax_attention_with_its_own_scale():
     for scale in (None, 0.3):
         true = np.moveaxis(np.asarray(dot_product_attention(Q, KEY, one_hot, is_causal=True, scale=scale)), 1, 2)
         xent = -(true * np.log(np.maximum(student(), 1e-12))).sum(-1).mean()
-        close(attention_distillation_loss(Q, KEY, VALUE, W_QUERY, W_KEY, scale=scale), xent)
+        assert_close(attention_distillation_loss(Q, KEY, VALUE, W_QUERY, W_KEY, scale=scale), xent)
 
 
 def test_gradients_reach_the_maps_alone_and_are_those_of_finite_differences():

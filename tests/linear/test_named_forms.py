@@ -20,7 +20,7 @@ GATE, GATES = (-RNG.exponential(0.3, shape).astype(np.float32) for shape in ((B,
 BETA = RNG.uniform(0, 1, (B, T, K)).astype(np.float32)
 
 
-def close(got, want):
+def assert_close(got, want):
     np.testing.assert_allclose(got, want, atol=2e-6, rtol=2e-6)
 
 
@@ -31,9 +31,9 @@ def test_retention_decays_by_powers_of_two_and_scales():
     distance = np.arange(T)[:, None] - np.arange(T)
     weights = np.where(distance >= 0, (1 - 2.0 ** (-5 - np.arange(K)[:, None, None])) ** np.maximum(distance, 0), 0)
     scores = np.einsum("btkgh,bskh,kts->bkgts", Q.reshape(B, T, K, -1, H), KEY, weights) * H**-0.5
-    close(out, np.einsum("bkgts,bskv->btkgv", scores, VALUE).reshape(B, T, N, V))
+    assert_close(out, np.einsum("bkgts,bskv->btkgv", scores, VALUE).reshape(B, T, N, V))
     gamma = np.array([0.5, 0.25, 1.0], np.float32)
-    close(retention(Q, KEY, VALUE, gamma), linear_attention(Q, KEY, VALUE, np.log(gamma), scale=H**-0.5))
+    assert_close(retention(Q, KEY, VALUE, gamma), linear_attention(Q, KEY, VALUE, np.log(gamma), scale=H**-0.5))
 
 
 @pytest.mark.parametrize("gamma", [None, np.array([0.5, 0.25, 1.0], np.float32)])
@@ -42,8 +42,8 @@ def test_a_step_of_retention_is_one_token_of_it(gamma):
     carried = LinearState(jnp.zeros((B, K, H, V)), None)
     for t in range(2):
         out, carried = retention_step(Q[:, t], KEY[:, t], VALUE[:, t], carried, gamma)
-        close(out, want[:, t])
-    close(carried.S, state.S)
+        assert_close(out, want[:, t])
+    assert_close(carried.S, state.S)
 
 
 def test_simple_gla_is_mamba_2_with_a_scale_of_one():
@@ -55,18 +55,18 @@ def test_simple_gla_is_mamba_2_with_a_scale_of_one():
         state += b[:, t, ..., None] * (step[:, t, :, None] * x[:, t])[..., None, :]
         want.append(np.einsum("bkgh,bkhv->bkgv", c[:, t].reshape(B, K, -1, H), state).reshape(B, N, V))
     got, end = simple_gla(c, b, step[..., None] * x, GATE, scale=1.0, return_state=True)
-    close(got, np.stack(want, axis=1))
-    close(end.S, state)
-    close(simple_gla(c, b, x, GATE), linear_attention(c, b, x, GATE, scale=H**-0.5))
+    assert_close(got, np.stack(want, axis=1))
+    assert_close(end.S, state)
+    assert_close(simple_gla(c, b, x, GATE), linear_attention(c, b, x, GATE, scale=H**-0.5))
     zero = LinearState(jnp.zeros((B, K, H, V)), None)
-    close(simple_gla_step(c[:, 0], b[:, 0], x[:, 0], zero, GATE[:, 0])[0], simple_gla(c, b, x, GATE)[:, 0])
+    assert_close(simple_gla_step(c[:, 0], b[:, 0], x[:, 0], zero, GATE[:, 0])[0], simple_gla(c, b, x, GATE)[:, 0])
 
 
 def test_the_delta_rules_are_one_function():
-    close(gated_delta_rule(Q, KEY, VALUE, BETA, GATE), delta_rule(Q, KEY, VALUE, BETA, GATE))
-    close(kda(Q, KEY, VALUE, BETA, GATES), delta_rule(Q, KEY, VALUE, BETA, GATES))
+    assert_close(gated_delta_rule(Q, KEY, VALUE, BETA, GATE), delta_rule(Q, KEY, VALUE, BETA, GATE))
+    assert_close(kda(Q, KEY, VALUE, BETA, GATES), delta_rule(Q, KEY, VALUE, BETA, GATES))
     same_for_all = np.broadcast_to(GATE[..., None], GATES.shape)
-    close(kda(Q, KEY, VALUE, BETA, same_for_all), gated_delta_rule(Q, KEY, VALUE, BETA, GATE))
+    assert_close(kda(Q, KEY, VALUE, BETA, same_for_all), gated_delta_rule(Q, KEY, VALUE, BETA, GATE))
 
 
 @pytest.mark.parametrize(

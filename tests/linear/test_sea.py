@@ -47,7 +47,7 @@ CAUSAL, TWO_WAY = weights(), weights(is_causal=False)
 every_implementation = pytest.mark.parametrize("implementation", ["reference", "xla"])
 
 
-def close(got, want, tolerance=1e-5):
+def assert_close(got, want, tolerance=1e-5):
     got, want = np.asarray(got), np.asarray(want)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
@@ -111,15 +111,15 @@ def test_a_context_is_the_average_that_features_weigh(is_causal):
     total = a.sum(axis=-1) + (1e-6 * phi_query.sum(axis=-1).swapaxes(1, 2) if is_causal else 0)
     context = jax.jit(functools.partial(performer_context, is_causal=is_causal))
     got, _ = context(Q, KEY, VALUE, projection.astype(np.float32), REAL)
-    close(got, read(a / total[..., None]))
+    assert_close(got, read(a / total[..., None]))
 
 
 @pytest.mark.parametrize("real", [T, 9, 1])
 def test_positions_are_shared_by_two_channels(real):
     codes = np.asarray(two_way_positions(np.arange(T)[None] < real, 6))[0, :real]
     place = np.arange(real) / max(real - 1, 1) * 5
-    close(codes.sum(axis=1), np.ones(real))
-    close(codes @ np.arange(6), place)
+    assert_close(codes.sum(axis=1), np.ones(real))
+    assert_close(codes @ np.arange(6), place)
     assert ((codes > 1e-6).sum(axis=1) <= 2).all()
 
 
@@ -151,7 +151,7 @@ def test_the_causal_network_is_its_layers(rows):
     pooled = [x[:, i * 18 // 16 : -(-(i + 1) * 18 // 16)].mean(axis=1) for i in range(16)]
     want = norm(np.stack(pooled, axis=-1), cnn.last_norm)
     got, _ = causal_cnn(image, weights(predictor_length=16).cnn, jnp.arange(rows)[None])
-    close(got[0], want.swapaxes(0, 1))
+    assert_close(got[0], want.swapaxes(0, 1))
 
 
 def test_the_causal_network_does_not_look_over_the_edge_of_a_sequence():
@@ -159,7 +159,7 @@ def test_the_causal_network_does_not_look_over_the_edge_of_a_sequence():
     run = jax.jit(lambda image, position: causal_cnn(image, CAUSAL.cnn, position)[0])
     both = run(image, jnp.concatenate([jnp.arange(6), jnp.arange(7)])[None])
     alone = [run(part, jnp.arange(part.shape[1])[None]) for part in (image[:, :6], image[:, 6:])]
-    close(both, np.concatenate(alone, axis=2))
+    assert_close(both, np.concatenate(alone, axis=2))
 
 
 @pytest.mark.parametrize("rows", [1, 11, 12])
@@ -178,7 +178,7 @@ def test_the_two_way_network_is_its_layers(rows):
         return (1 - share) * x[low] + share * x[np.minimum(low + 1, len(x) - 1)]
 
     want = resized(resized(x, rows).swapaxes(0, 1), 8)
-    close(two_way_cnn(image, TWO_WAY.cnn)[0], want.transpose(2, 1, 0))
+    assert_close(two_way_cnn(image, TWO_WAY.cnn)[0], want.transpose(2, 1, 0))
 
 
 def test_gelu_is_exact_inside_shard_map_too():
@@ -309,7 +309,7 @@ def test_with_room_for_all_keys_the_sparse_part_is_softmax_attention(implementat
     out, made = attention(Q, KEY, VALUE, CAUSAL, k_budget=T, **options)
     of_sparse, whole = np.moveaxis(sigmoid(made.gates), -1, 0)[..., None]
     softmax = read(softmax_rows(dense_scores(H**-0.5 if scale is None else scale), np.tri(T, dtype=bool)))
-    close(out, whole * of_sparse * softmax + (1 - whole) * mean_so_far())
+    assert_close(out, whole * of_sparse * softmax + (1 - whole) * mean_so_far())
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_the_two_way_op_is_its_definition(k_flatten_dim, real):
             "nc,cnv->nv", p[b].mean(axis=1)[:, cell], np.repeat(VALUE, N // K, axis=2)[b, columns]
         )
     of_sparse, whole = np.moveaxis(sigmoid(made.gates), -1, 0)[..., None]
-    close(out, whole * of_sparse * read(softmax_rows(dense_scores(), kept)) + (1 - whole) * average)
+    assert_close(out, whole * of_sparse * read(softmax_rows(dense_scores(), kept)) + (1 - whole) * average)
 
 
 @pytest.mark.parametrize(("cells", "entries"), [(1, None), (8, 250), (64, None)])
@@ -359,9 +359,9 @@ def test_gathering_is_the_dense_form_in_one_block_of_rows_or_many(monkeypatch, s
         jax.jit(functools.partial(run, **options))(Q, KEY, VALUE, chosen, reach)
         for run in (dense_attention, gathered_attention)
     )
-    close(got, want, 1e-6)
+    assert_close(got, want, 1e-6)
     kept = kept_keys(chosen, reach, 2, selection["k_oversample"])
-    close(want, read(softmax_rows(dense_scores(0.7), kept)))
+    assert_close(want, read(softmax_rows(dense_scores(0.7), kept)))
     assert cells == 1 or 0 < kept.sum() < 0.7 * N * B * T * (T + 1) / 2
 
 
@@ -387,7 +387,7 @@ def test_a_row_that_keeps_nothing_reads_its_average():
     nothing = ~kept.any(axis=-1).swapaxes(1, 2)
     assert 0.2 < nothing[:, 1:].mean() < 0.99
     want = ((1 - sigmoid(made.gates[..., 1:])) * mean_so_far())[nothing]
-    close(np.asarray(out)[nothing], want)
+    assert_close(np.asarray(out)[nothing], want)
 
 
 @every_implementation
@@ -453,7 +453,7 @@ def test_any_split_gives_the_whole(options, segment_ids):
         ids = None if segment_ids is None else segment_ids[:, start:stop]
         out, state = carry_on(*part, CAUSAL, state, segment_ids=ids, **options)
         outs.append(out)
-    close(jnp.concatenate(outs, axis=1), want, 2e-6)
+    assert_close(jnp.concatenate(outs, axis=1), want, 2e-6)
 
 
 def test_single_steps_give_the_whole_and_a_state_of_bfloat16_keeps_its_dtypes():
@@ -463,7 +463,7 @@ def test_single_steps_give_the_whole_and_a_state_of_bfloat16_keeps_its_dtypes():
     for t in range(T):
         out, state = step(Q[:, t], KEY[:, t], VALUE[:, t], CAUSAL, state)
         outs.append(out)
-    close(jnp.stack(outs, axis=1), want, 2e-6)
+    assert_close(jnp.stack(outs, axis=1), want, 2e-6)
     state = init_sea_state(CAUSAL, B, T, num_kv_heads=K, dtype=jnp.bfloat16)
     _, after = step(*(x[:, 0].astype(jnp.bfloat16) for x in (Q, KEY, VALUE)), CAUSAL, state)
     kinds = jax.tree.map(lambda x: (x.shape, x.dtype), state)
