@@ -186,7 +186,7 @@ def test_a_split_and_single_steps_give_the_whole(key_weight, activation):
     for t in range(6, T):
         out, state = step(Q[:, t], KEY[:, t], VALUE[:, t], state, W_QUERY, key_weight)
         assert_close(out, want[:, t])
-    jax.tree.map(close, state, end)
+    jax.tree.map(assert_close, state, end)
 
 
 def test_values_are_not_repeated_for_maps_of_query_heads():
