@@ -317,6 +317,11 @@ def _flat(x: Array, width: int, fill: int = 0) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(p: Problem | gpu.Problem, operands: Operands) -> tuple[Float[Array, "B T *NV"], Float[Array, "B N T"]]:
+    return _run(p, operands)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(p: Problem | gpu.Problem, operands: Operands) -> tuple[Array, Array]:
     if isinstance(p, gpu.Problem):
         return forward_gpu.forward(p, operands.by_row, operands.named())
     out, lse = forward_tpu.forward(p, operands.by_row, operands.named() | {"lines": scores.lines(p, operands.lines)})
@@ -328,13 +333,17 @@ def attend_forward(p: Problem | gpu.Problem, operands: Any) -> Any:
     trained |= {name: getattr(operands, name) for name in ("kv_bias", "lines", "table")}
     wanted = {name: () if x.perturbed else None for name, x in trained.items() if x is not None}
     operands = jax.tree.map(lambda x: x.value, operands)
-    out, lse = attend(p, operands)
+    out, lse = _run(p, operands)
     return (out, lse), (operands, out, lse, wanted)
 
 
 def attend_backward(p: Problem | gpu.Problem, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Operands]:
+    return (_gradients(p, residuals, *zeros_for_symbols(cotangents)),)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(p: Problem | gpu.Problem, residuals: Any, d_out: Array, d_lse: Array) -> Operands:
     operands, out, lse, wanted = residuals
-    d_out, d_lse = zeros_for_symbols(cotangents)
     products = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).reshape(*out.shape[:2], p.heads, p.value_width)
     delta = jnp.moveaxis(jnp.sum(products, axis=-1), 1, 2) - d_lse
     dead = lse == -jnp.inf
@@ -373,7 +382,7 @@ def attend_backward(p: Problem | gpu.Problem, residuals: Any, cotangents: tuple[
         "lines": found.get("dlines"),
         "table": found.get("dtable"),
     }
-    return (Operands(**gradients),)
+    return Operands(**gradients)
 
 
 attend.defvjp(attend_forward, attend_backward, symbolic_zeros=True)

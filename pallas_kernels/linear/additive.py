@@ -120,6 +120,7 @@ def problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> Any:
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
@@ -152,8 +153,12 @@ def attend_forward(call: Call, *operands: Any) -> Any:
 
 
 def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+    return _gradients(call, residuals, *zeros_for_symbols(cotangents))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Array) -> tuple[Any, ...]:
     query, key, value, log_decay, starts, wanted = residuals
-    out_gradient, end_gradient = zeros_for_symbols(cotangents)
     out_gradient = out_gradient.astype(query.dtype)
     sums: Array | None
     if call.platform in GPU:

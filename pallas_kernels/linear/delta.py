@@ -141,6 +141,7 @@ def _gpu_rows(p: programs.Problem, beta: Array, log_decay: Array) -> tuple[Array
     return sums, _beta_array(beta, p.padded)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(call: Call, keep: bool, *operands: Array) -> Any:
     query, key, value, beta, log_decay, state = operands
     if call.platform in GPU:
@@ -174,8 +175,12 @@ def attend_forward(call: Call, *operands: Any) -> Any:
 
 
 def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+    return _gradients(call, residuals, *zeros_for_symbols(cotangents))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Array) -> tuple[Any, ...]:
     query, key, value, beta, log_decay, starts, wanted = residuals
-    out_gradient, end_gradient = zeros_for_symbols(cotangents)
     out_gradient = out_gradient.astype(query.dtype)
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)

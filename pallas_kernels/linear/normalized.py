@@ -65,6 +65,7 @@ def _by_group(p: Problem, z: Array) -> Array:
     return z.reshape(p.batch, -1, p.tiling.heads, p.width)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(call: Call, eps: Eps, keep: bool, *operands: Array) -> Any:
     query, key, value, log_decay, state, z = operands
     p = _problem(call, eps, query, key, value, log_decay)
@@ -90,9 +91,15 @@ def attend_forward(call: Call, eps: Eps, *operands: Any) -> Any:
 
 
 def attend_backward(call: Call, eps: Eps, residuals: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+    return _gradients(call, eps, residuals, *zeros_for_symbols(cotangents))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(
+    call: Call, eps: Eps, residuals: Any, out_gradient: Array, end_gradient: Array, z_gradient: Array
+) -> tuple[Any, ...]:
     query, key, value, log_decay, out, divisors, (starts, z_starts), wanted = residuals
     p = _problem(call, eps, query, key, value, log_decay)
-    out_gradient, end_gradient, z_gradient = zeros_for_symbols(cotangents)
     # After the last token the kernel divided by anything.
     is_used = (divisors != 0) & (jnp.arange(p.padded) < p.length)
     inverses = jnp.where(is_used, 1 / jnp.where(is_used, divisors, 1), 0)

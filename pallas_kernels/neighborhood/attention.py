@@ -91,6 +91,11 @@ def _places(axis: Along) -> np.ndarray:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(p: Problem, operands: Operands) -> tuple[Array, Array]:
+    return _run(p, operands)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(p: Problem, operands: Operands) -> tuple[Array, Array]:
     return one_pass_tpu.forward(p, _to_base_2(operands))
 
 
@@ -101,18 +106,22 @@ def _to_base_2(operands: Operands) -> dict[str, Array]:
 def attend_forward(p: Problem, operands: Any) -> Any:
     wanted = () if p.biased and operands.table.perturbed else None
     operands = jax.tree.map(lambda x: x.value, operands)
-    out, lse = attend(p, operands)
+    out, lse = _run(p, operands)
     return (out, lse), (operands, lse, wanted)
 
 
 def attend_backward(p: Problem, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Operands]:
+    return (_gradients(p, residuals, *zeros_for_symbols(cotangents)),)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(p: Problem, residuals: Any, d_out: Array, d_lse: Array) -> Operands:
     operands, lse, wanted = residuals
-    d_out, d_lse = zeros_for_symbols(cotangents)
     given = _to_base_2(operands) | {"lse": lse, "out_gradient": d_out, "lse_gradient": d_lse}
     found = one_pass_tpu.backward(p, given, with_table=wanted is not None)
     gradients: dict[str, Any] = dict.fromkeys(Operands._fields)
     gradients |= {"query": found["dq"], "key": found["dk"], "value": found["dv"], "table": found.get("dtable")}
-    return (Operands(**gradients),)
+    return Operands(**gradients)
 
 
 attend.defvjp(attend_forward, attend_backward, symbolic_zeros=True)
