@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -153,9 +154,6 @@ def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice,
             )
         )
 
-    def branch(implementation: Implementation) -> Callable[..., Any]:
-        return lambda *operands: implementation.run(*operands, **options)
-
     here = jax.default_backend()
     is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
     if here in PLATFORMS and here not in chosen and not is_traced:
@@ -167,7 +165,30 @@ def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice,
     first = next(iter(chosen.values()))
     if len(chosen) == len(PLATFORMS) and all(implementation is first for implementation in chosen.values()):
         return first.run(*arrays, **options)
-    return jax.lax.platform_dependent(*arrays, **{platform: branch(i) for platform, i in chosen.items()})
+    branches = tuple((platform, implementation.run) for platform, implementation in chosen.items())
+    # While explaining, the ops inside of this one are to be seen, and a cached trace would not show them.
+    run = _on_each_platform if log is None and _is_hashable(options) else _on_each_platform.__wrapped__
+    return run(branches, tuple(options.items()), *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _on_each_platform(
+    branches: tuple[tuple[str, Callable[..., Any]], ...], options: tuple[tuple[str, Any], ...], *arrays: Any
+) -> Any:
+    """The branch of the platform that is compiled for. All are traced, and so once for all calls that are alike."""
+
+    def branch(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *operands: run(*operands, **dict(options))
+
+    return jax.lax.platform_dependent(*arrays, **{platform: branch(run) for platform, run in branches})
+
+
+def _is_hashable(options: dict[str, Any]) -> bool:
+    try:
+        hash(tuple(options.values()))
+    except TypeError:
+        return False
+    return True
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
