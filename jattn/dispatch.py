@@ -162,25 +162,29 @@ def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice,
             f"implementation: {names} of {op} runs on {', '.join(chosen)}, and this is {here}; "
             "None takes what runs here"
         )
-    first = next(iter(chosen.values()))
-    if len(chosen) == len(PLATFORMS) and all(implementation is first for implementation in chosen.values()):
-        return first.run(*arrays, **options)
-    branches = tuple((platform, implementation.run) for platform, implementation in chosen.items())
     # While explaining, the ops inside of this one are to be seen, and a cached trace would not show them.
-    run = _on_each_platform if log is None and _is_hashable(options) else _on_each_platform.__wrapped__
+    run = _compiled if log is None and _is_hashable(options) else _run
+    branches = tuple((platform, implementation.run) for platform, implementation in chosen.items())
     return run(branches, tuple(options.items()), *arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _on_each_platform(
+def _run(
     branches: tuple[tuple[str, Callable[..., Any]], ...], options: tuple[tuple[str, Any], ...], *arrays: Any
 ) -> Any:
-    """The branch of the platform that is compiled for. All are traced, and so once for all calls that are alike."""
+    """The branch of the platform that is compiled for."""
+    functions = {platform: functools.partial(run, **dict(options)) for platform, run in branches}
+    if len(functions) < len(PLATFORMS):
+        return jax.lax.platform_dependent(*arrays, **functions)
+    # What runs on CPU runs everywhere: on platforms that have nothing of their own, too.
+    runs = dict(branches)
+    special = {platform: functions[platform] for platform in PLATFORMS if runs[platform] is not runs["cpu"]}
+    if not special:
+        return functions["cpu"](*arrays)
+    return jax.lax.platform_dependent(*arrays, default=functions["cpu"], **special)
 
-    def branch(run: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *operands: run(*operands, **dict(options))
 
-    return jax.lax.platform_dependent(*arrays, **{platform: branch(run) for platform, run in branches})
+# Outside of `jit` a call is one program, compiled once; anywhere, calls that are alike are traced once.
+_compiled = jax.jit(_run, static_argnums=(0, 1))
 
 
 def _is_hashable(options: dict[str, Any]) -> bool:

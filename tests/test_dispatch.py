@@ -109,3 +109,25 @@ def test_explain_sees_inside_jit_and_says_why():
     (decision,) = explain(jitted, jnp.ones(()))
     assert "pallas_tpu is not used: heads too small" in str(decision)
     assert "tpu  runs xla" in str(decision)
+
+
+def test_calls_that_are_alike_are_traced_once_and_explained_all_the_same():
+    traced = []
+
+    def inner(x, **options):
+        traced.append(options)
+        return op(x)
+
+    outer = (TPU, Implementation("xla", inner))
+
+    def call(x, **options):
+        return dispatch("outer", outer, None, x, **options)
+
+    for _ in range(2):
+        assert call(jnp.ones(3), scale=2.0) == pytest.approx(jnp.ones(3))
+    assert traced == [{"scale": 2.0}]
+    assert [decision.op for decision in explain(call, jnp.ones(3), scale=2.0)] == ["outer", "op"]
+    # What cannot be remembered is traced every time.
+    for _ in range(2):
+        call(jnp.ones(3), scale=[2.0])
+    assert traced[-2:] == [{"scale": [2.0]}] * 2

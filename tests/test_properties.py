@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import inspect
+import logging
 import math
 import re
 from typing import Any
@@ -226,10 +227,13 @@ def test_bfloat16_is_near_what_float32_gives(entry, implementation):
 
 
 @every_case
-def test_jit_is_eager_and_repeats_its_bits_without_compiling_again(entry, implementation):
+def test_jit_is_eager_and_repeats_its_bits_without_compiling_again(entry, implementation, caplog):
     x, run = arguments(entry), plain(entry.name, implementation)
-    first = run(x)
-    assert_close(first, call(entry, implementation)(x), 1e-6)
+    first, eager = run(x), call(entry, implementation)
+    assert_close(first, eager(x), 1e-6)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        eager(x)
+    assert not [message for message in caplog.messages if message.startswith("Compiling")]
     before = traces[entry.name, implementation]
     assert_same_bits(run(x), first)
     assert not np.array_equal(run(arguments(entry, seed=1)), first)
