@@ -69,7 +69,7 @@ def value_and_gradients(op: Any, x: dict[str, Any], segment_ids: Any) -> Any:
 
 
 def alone(op: Any, options: dict[str, Any], x: dict[str, Any], segment_ids: Any) -> Any:
-    """On one device. To name what runs on CPU anyway saves tracing the kernels of other platforms, half a test's time."""
+    """On one device. To name what CPUs run anyway saves tracing the kernels of other platforms."""
     return value_and_gradients(functools.partial(op, implementation="xla", **options), x, segment_ids)
 
 

@@ -85,7 +85,7 @@ class Adapter:
 
     Attributes:
       system: the file's stem.
-      compute: `compute(case) -> {output name: array}`; every name must be in the file.
+      compute: `compute(case) -> {output name: array}`, traced; every name must be in the file.
       tolerances: pattern of output names -> tolerance; the first that matches holds.
       uncovered: pattern of array names -> why they are neither read nor computed.
       implementations: what `case.implementation` may be, for the tests to go through.
@@ -227,11 +227,13 @@ class Report:
 def run(adapter: Adapter, path: str | os.PathLike[str] | None = None, implementation: str | None = None) -> Report:
     """Run an adapter on a file of its system, by default the one that is here, with float64 switched on.
 
-    float64 leaves the reference's own rounding as the only error, so tolerances can be as small as that.
+    float64 leaves the reference's own rounding as the only error, so tolerances can be as small as that. What the
+    adapter computes is one program: operation by operation, most of the time would go into compiling.
     """
     case = Case(path or HERE / f"{adapter.system}.npz", implementation)
     with jax.enable_x64(True):
-        outputs = {name: np.asarray(output) for name, output in adapter.compute(case).items()}
+        computed = jax.jit(lambda: dict(adapter.compute(case)))()
+        outputs = {name: np.asarray(output) for name, output in computed.items()}
     read = frozenset(case.read)
     comparisons = tuple(
         compare(name, output, case.reference(name) if name in case else None, adapter.tolerance(name).relative)

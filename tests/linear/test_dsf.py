@@ -46,11 +46,15 @@ def float64():
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape))
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
 
 
 def heads(seed=0):
@@ -58,8 +62,8 @@ def heads(seed=0):
 
 
 def s6_parts(seed=0):
-    delta = jax.nn.softplus(normal(B, T, p, seed=seed))
-    A = -jnp.exp(0.5 * normal(p, n, seed=seed + 1))
+    delta = softplus(normal(B, T, p, seed=seed))
+    A = -np.exp(0.5 * normal(p, n, seed=seed + 1))
     return {
         "u": normal(B, T, p, seed=seed + 2), "delta": delta, "A": A, "B": normal(B, T, n, seed=seed + 3),
         "C": normal(B, T, n, seed=seed + 4), "D": normal(p, seed=seed + 5),
@@ -73,7 +77,7 @@ def gates(count):
 def lru_parts():
     magnitude = np.random.default_rng(0).uniform(0.3, 0.95, p)
     nu, gamma = np.log(-np.log(magnitude)), 0.5 * np.log(1 - magnitude**2)
-    return normal(B, T, p) + 1j * normal(B, T, p, seed=1), jnp.asarray(nu), normal(p, seed=2), jnp.asarray(gamma)
+    return normal(B, T, p) + 1j * normal(B, T, p, seed=1), nu, normal(p, seed=2), gamma
 
 
 SYSTEMS = {
@@ -82,27 +86,37 @@ SYSTEMS = {
     "normalized": lambda: normalized_attention_dsf(*heads(), 0.3 * normal(B, T, N)),
     "normalized_readout": lambda: normalized_attention_dsf(*heads(), normal(B, T, N), normalize_in="readout"),
     "s6": lambda: s6_dsf(**s6_parts()),
-    "ssd": lambda: s6_dsf(**{**s6_parts(), "A": jnp.asarray(-0.7)}),
+    "ssd": lambda: s6_dsf(**{**s6_parts(), "A": np.asarray(-0.7)}),
     "mamba2": lambda: mamba2_dsf(
-        normal(B, T, N, p), jax.nn.softplus(normal(B, T, N)), -jnp.exp(normal(N)), *heads()[:2], normal(N, seed=1)
+        normal(B, T, N, p), softplus(normal(B, T, N)), -np.exp(normal(N)), *heads()[:2], normal(N, seed=1)
     ),
     "lru": lambda: lru_dsf(*lru_parts()),
     "qlstm": lambda: qlstm_dsf(*gates(4)),
-    "qlstm_reversed": lambda: qlstm_dsf(*gates(4), jnp.asarray(1.7)),
-    "rglru": lambda: rglru_dsf(*gates(3), normal(p), jnp.asarray(np.roll(IDS, 1, axis=1) != IDS)),
+    "qlstm_reversed": lambda: qlstm_dsf(*gates(4), np.asarray(1.7)),
+    "rglru": lambda: rglru_dsf(*gates(3), normal(p), np.roll(IDS, 1, axis=1) != IDS),
     # A gate for every key channel, and both a beta and a read-out that vary in n and p: no published row has them.
-    "by_key": lambda: SYSTEMS["linear"]()._replace(step=-jnp.exp(normal(B, T, N, n, 1)), beta=normal(B, T, N, n, 1)),
+    "by_key": lambda: SYSTEMS["linear"]()._replace(step=-np.exp(normal(B, T, N, n, 1)), beta=normal(B, T, N, n, 1)),
     "everything": lambda: DSFSystem(
-        -jnp.exp(normal(B, T, N, n, p)), jnp.exp(normal(N, n, p)), *(normal(B, T, N, n, p, seed=i) for i in (1, 2)),
+        -np.exp(normal(B, T, N, n, p)), np.exp(normal(N, n, p)), *(normal(B, T, N, n, p, seed=i) for i in (1, 2)),
         normal(B, T, N, p), normal(B, T, N, n, p, seed=3), normal(N, p),
     ),
 }  # fmt: skip
 every_system = pytest.mark.parametrize("name", SYSTEMS)
 
 
-def scan(system, state=None, **options):
-    """`dsf_scan`, compiled: operation by operation, most of the time would go into compiling."""
-    return jax.jit(functools.partial(dsf_scan, **options))(system, initial_state=state)
+# Compiled: operation by operation, most of the time would go into compiling.
+STATIC = ("return_state", "mode", "chunk_size")
+scan, eigenvalues = jax.jit(dsf_scan, static_argnames=STATIC), jax.jit(dsf_eigenvalues)
+
+
+@functools.cache
+def made(name):
+    return jax.tree.map(np.asarray, jax.jit(SYSTEMS[name])())
+
+
+def outputs(row, *parts, **options):
+    """What the system of a row gives."""
+    return jax.jit(lambda *parts: dsf_scan(row(*parts, **options)))(*parts)
 
 
 def assert_close(got, want, tolerance=1e-12):
@@ -141,19 +155,47 @@ def piece(system, start, stop):
 
 # What holds for any system
 
+MODES = {"scan": {}, "associative": {}, "chunk": {"chunk_size": 4}}
+
+
+def by_mode(system, mode):
+    return dsf_scan(system, mode=mode, return_state=True, **MODES[mode])
+
+
+def by_phi(system):
+    phi = dsf_materialize(system)
+    wide = phi[..., None] if phi.ndim == 4 else phi
+    return jnp.sum(wide * jnp.swapaxes(system.value, 1, 2)[:, :, None], axis=3).swapaxes(1, 2), phi
+
+
+@functools.cache
+def differentiated(name, run, *options):
+    """What `run` returns of a system, outputs first, and the gradients of their weighted sum: one program for both."""
+    system = made(name)
+
+    def loss(parts):
+        out, other = run(system._replace(**parts), *options)
+        weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+        return jnp.sum(weights * out.real + weights[::-1] * out.imag), (out, other)
+
+    parts = {part: x for part, x in system._asdict().items() if x is not None and part != "segment_ids"}
+    (_, returned), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(parts)
+    return returned, gradients
+
 
 @every_system
 def test_every_mode_is_the_recurrence_and_phi_times_v(name):
-    system = SYSTEMS[name]()
+    system = made(name)
     want, last = by_hand(system)
-    for mode, options in (("scan", {}), ("associative", {}), ("chunk", {"chunk_size": 4}), ("chunk", {})):
-        out, state = scan(system, mode=mode, return_state=True, **options)
+    for out, state in (
+        *(differentiated(name, by_mode, mode)[0] for mode in MODES),
+        scan(system, mode="chunk", return_state=True),
+    ):
         assert_close(out, want, 1e-11)
         assert_close(state, last, 1e-11)
-    phi = dsf_materialize(system)
-    assert (np.triu(np.ones((T, T)), 1)[..., *[None] * (phi.ndim - 4)] * phi == 0).all()
-    spec = "bkij,bjkp->bikp" if phi.ndim == 4 else "bkijp,bjkp->bikp"
-    assert_close(jnp.einsum(spec, phi, system.value), want, 1e-11)
+    out, phi = differentiated(name, by_phi)[0]
+    assert not np.any(np.triu(np.ones((T, T)), 1)[..., *[None] * (phi.ndim - 4)] * phi)
+    assert_close(out, want, 1e-11)
     assert phi.ndim == (
         4 if name in ("softmax", "linear", "normalized", "normalized_readout", "mamba2", "by_key") else 5
     )
@@ -161,97 +203,79 @@ def test_every_mode_is_the_recurrence_and_phi_times_v(name):
 
 @every_system
 def test_any_split_is_the_whole(name):
-    system = SYSTEMS[name]()._replace(segment_ids=None)
-    run = functools.partial(scan, return_state=True, chunk_size=4)
+    """From the state of a first part, which scans return as the test above has it, the second goes on."""
+    system = made(name)._replace(segment_ids=None)
     want, last = by_hand(system)
-    first, state = run(piece(system, 0, 6))
-    second, state = run(piece(system, 6, T), state)
-    assert_close(jnp.concatenate([first, second], axis=1), want, 1e-11)
-    assert_close(state, last, 1e-11)
+    _, state = by_hand(piece(system, 0, 6))
+    second, end = scan(piece(system, 6, T), initial_state=state, return_state=True, chunk_size=4)
+    assert_close(second, want[:, 6:], 1e-11)
+    assert_close(end, last, 1e-11)
 
 
 @every_system
 def test_segments_are_separate_runs_and_the_first_has_the_state(name):
-    system = SYSTEMS[name]()._replace(segment_ids=jnp.asarray(IDS))
-    state = jnp.asarray(by_hand(system)[1])
-    got, last = scan(system, state, chunk_size=4, return_state=True)
+    system = made(name)._replace(segment_ids=IDS)
+    state = by_hand(system)[1]
+    got, last = scan(system, initial_state=state, chunk_size=4, return_state=True)
     for row, cuts in enumerate(([0, 6, T], [0, 5, 6, T])):
         for start, stop in itertools.pairwise(cuts):
-            want, end = by_hand(piece(system._replace(segment_ids=None), start, stop), np.asarray(state) * (start == 0))
+            want, end = by_hand(piece(system._replace(segment_ids=None), start, stop), state * (start == 0))
             assert_close(got[row, start:stop], want[row], 1e-11)
         assert_close(last[row], end[row], 1e-11)
-    assert (np.asarray(dsf_eigenvalues(system))[0, 6] == 0).all()
-    assert (np.asarray(dsf_eigenvalues(system))[:, 0] != 0).all()
+    lam = np.asarray(eigenvalues(system))
+    assert (lam[0, 6] == 0).all()
+    assert (lam[:, 0] != 0).all()
 
 
 @every_system
 def test_gradients_are_those_of_phi_times_v(name):
-    system = SYSTEMS[name]()
-    leaves, tree = jax.tree.flatten(system._replace(segment_ids=None))
-
-    def by_phi(*leaves):
-        system = jax.tree.unflatten(tree, leaves)
-        phi = dsf_materialize(system)
-        phi = phi[..., None] if phi.ndim == 4 else phi
-        return jnp.sum(phi * jnp.swapaxes(system.value, 1, 2)[:, :, None], axis=3).swapaxes(1, 2)
-
-    def gradient(run):
-        def loss(*leaves):
-            out = run(*leaves)
-            weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
-            return jnp.sum(weights * out.real + weights[::-1] * out.imag)
-
-        return jax.jit(jax.grad(loss, argnums=tuple(range(len(leaves)))))(*leaves)
-
-    want = gradient(by_phi)
-    for mode in ("scan", "associative", "chunk"):
-        got = gradient(lambda *x, mode=mode: dsf_scan(jax.tree.unflatten(tree, x), mode=mode, chunk_size=4))
-        for part, a, b in zip(tree.unflatten(leaves)._fields, got, want, strict=False):
+    _, want = differentiated(name, by_phi)
+    for mode in MODES:
+        _, got = differentiated(name, by_mode, mode)
+        for part, b in want.items():
             assert np.any(b) or part == "rate", part  # a plain sum has a step of 0, and then no use for a rate
-            assert_close(a, b, 1e-10)
+            assert_close(got[part], b, 1e-10)
 
 
 def test_a_convolution_is_the_scan_of_what_no_token_changes():
-    system = lru_dsf(*lru_parts())
-    assert_close(dsf_scan(system, mode="convolution"), dsf_scan(system, mode="scan"))
     one, many = normal(1, 1, N, n, 1), normal(1, 1, N, n, p, seed=1)
-    real = DSFSystem(one[:, :, :, :1] ** 2, -jnp.exp(normal(N, n, p)), many, one, normal(B, T, N, p), one, normal(N, p))
-    assert_close(dsf_scan(real, mode="convolution"), dsf_scan(real, mode="scan"))
+    real = DSFSystem(one[:, :, :, :1] ** 2, -np.exp(normal(N, n, p)), many, one, normal(B, T, N, p), one, normal(N, p))
+    for system in (made("lru"), real):
+        assert_close(scan(system, mode="convolution"), by_hand(system)[0])
 
 
 @every_system
 def test_one_token_needs_no_eigenvalue(name):
-    system = piece(SYSTEMS[name](), 0, 1)
+    system = piece(made(name), 0, 1)
     assert_close(scan(system._replace(step=system.step - 3)), scan(system))
 
 
 @pytest.mark.parametrize("name", ["normalized", "s6", "lru", "rglru"])
 def test_a_padded_token_with_a_step_and_a_beta_of_0_changes_no_state(name):
-    system = SYSTEMS[name]()._replace(segment_ids=None)
-    real = (jnp.arange(T) < 9)[:, None, None, None]
-    padded = system._replace(step=jnp.where(real, system.step, 0), beta=jnp.where(real, system.beta, 0))
-    assert_close(dsf_scan(padded, return_state=True)[1], dsf_scan(piece(system, 0, 9), return_state=True)[1])
+    system = made(name)._replace(segment_ids=None)
+    real = (np.arange(T) < 9)[:, None, None, None]
+    padded = system._replace(step=np.where(real, system.step, 0), beta=np.where(real, system.beta, 0))
+    assert_close(scan(padded, return_state=True)[1], by_hand(piece(system, 0, 9))[1])
 
 
 @pytest.mark.parametrize("name", ["linear", "s6", "lru", "qlstm"])
 def test_states_are_float32_under_bfloat16(name):
     def cast(x, dtype):
-        return x if jnp.iscomplexobj(x) else x.astype(dtype)
+        return np.asarray(x, jnp.complex64 if np.iscomplexobj(x) else dtype)
 
-    system = SYSTEMS[name]()
-    wide = jax.tree.map(lambda x: x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32), system)
+    wide = jax.tree.map(lambda x: cast(x, np.float32), made(name))
     narrow = wide._replace(**{part: cast(getattr(wide, part), jnp.bfloat16) for part in ("key", "value", "query")})
-    out, state = dsf_scan(narrow, return_state=True)
+    out, state = scan(narrow, return_state=True)
     assert out.dtype == (jnp.complex64 if name == "lru" else jnp.bfloat16)
     assert state.dtype == (jnp.complex64 if name == "lru" else jnp.float32)
-    assert_close(out.astype(state.dtype), dsf_scan(wide), 2e-2)
+    assert_close(np.asarray(out, state.dtype), by_hand(wide)[0], 2e-2)
 
 
 @pytest.mark.parametrize("mode", ["scan", "associative", "chunk"])
 def test_strong_decays_are_finite_and_right(mode):
-    system = SYSTEMS["s6"]()
-    strong = system._replace(step=jnp.where(jnp.arange(p) < 3, 2000.0, system.step))
-    run = jax.value_and_grad(lambda system: jnp.sum(dsf_scan(system, mode=mode)))
+    system = made("s6")
+    strong = system._replace(step=np.where(np.arange(p) < 3, 2000.0, system.step))
+    run = jax.jit(jax.value_and_grad(lambda system: jnp.sum(dsf_scan(system, mode=mode))))
     value, gradient = run(strong)
     assert np.isclose(value, by_hand(strong)[0].sum())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -259,11 +283,11 @@ def test_strong_decays_are_finite_and_right(mode):
 
 def test_parts_of_any_row_go_with_those_of_any_other():
     """The gating of one row, keys and queries of another: one head for all, or as many as there are."""
-    gatings = {name: SYSTEMS[name]()[:3] for name in ("linear", "normalized", "ssd", "lru", "qlstm_reversed", "rglru")}
+    gatings = {name: made(name)[:3] for name in ("linear", "normalized", "ssd", "lru", "qlstm_reversed", "rglru")}
     for step, rate, beta in gatings.values():
-        for name in ("linear", "softmax", "s6", "mamba2", "qlstm"):
-            other = SYSTEMS[name]()
-            wide = other.value if step.shape[2] == 1 else jnp.broadcast_to(other.value, (B, T, N, p))
+        for name in ("linear", "s6", "mamba2", "qlstm"):
+            other = made(name)
+            wide = other.value if step.shape[2] == 1 else np.broadcast_to(other.value, (B, T, N, p))
             mixed = other._replace(step=step, rate=rate, beta=beta, value=wide)
             assert_close(scan(mixed), by_hand(mixed)[0], 1e-11)
 
@@ -272,83 +296,86 @@ def test_parts_of_any_row_go_with_those_of_any_other():
 
 
 def masked(scores, value):
-    return jnp.einsum("bnij,bjnp->binp", scores * np.tril(np.ones((T, T))), value)
+    return np.einsum("bnij,bjnp->binp", scores * np.tril(np.ones((T, T))), value)
+
+
+def elu(x):
+    return np.where(x < 0, np.exp(x), x + 1)
 
 
 def test_attention_rows():
     query, key, value = heads()
-    causal = functools.partial(dsf_scan, mode="scan")
-    q, k = elu_features(query), elu_features(key)
-    assert np.allclose(q, np.where(query < 0, np.exp(query), query + 1))
-    weights = jnp.einsum("bind,bjnd->bnij", q, k) * np.tril(np.ones((T, T)))
+    q, k = elu(query), elu(key)
+    assert_close(elu_features(query), q)
+    weights = np.einsum("bind,bjnd->bnij", q, k) * np.tril(np.ones((T, T)))
     want = masked(weights / weights.sum(-1, keepdims=True), value)
-    assert_close(causal(linear_attention_dsf(query, key, value)), want)
-    assert_close(causal(linear_attention_dsf(query, key, value, normalize_in="readout")), want)
-    assert_close(linear_attention(q, k, value, normalize=True, eps=0.0), want)
+    for where in ("state", "readout"):
+        assert_close(scan(linear_attention_dsf(query, key, value, normalize_in=where), mode="scan"), want)
+    assert_close(jax.jit(functools.partial(linear_attention, normalize=True, eps=0.0))(q, k, value), want)
     log_eta = normal(B, T, N)
-    scores = jnp.einsum("bind,bjnd->bnij", query, key) / jnp.exp(log_eta).swapaxes(1, 2)[..., None]
-    assert_close(causal(normalized_attention_dsf(query, key, value, log_eta)), masked(scores, value))
+    scores = np.einsum("bind,bjnd->bnij", query, key) / np.exp(log_eta).swapaxes(1, 2)[..., None]
+    system = jax.jit(normalized_attention_dsf)(query, key, value, log_eta)
+    assert_close(scan(system, mode="scan"), masked(scores, value))
 
 
 def test_linear_attention_in_segments_divides_by_its_own_segment():
     query, key, value = heads()
-    system = linear_attention_dsf(query, key, value, segment_ids=jnp.asarray(IDS))
-    assert_close(dsf_scan(system._replace(value=jnp.ones_like(value))), jnp.ones_like(value))
+    assert_close(outputs(linear_attention_dsf, query, key, np.ones_like(value), segment_ids=IDS), np.ones_like(value))
 
 
 def test_s6_is_its_loop():
     parts = s6_parts()
-    u, delta, A, b, c, D = (np.asarray(x) for x in parts.values())
+    u, delta, A, b, c, D = parts.values()
     state, want = np.zeros((B, p, n)), []
     for t in range(T):
         state = np.exp(delta[:, t, :, None] * A) * state + (delta[:, t] * u[:, t])[..., None] * b[:, t, None]
         want.append((state * c[:, t, None]).sum(-1) + D * u[:, t])
-    assert_close(dsf_scan(s6_dsf(**parts))[:, :, 0], np.stack(want, 1))
-    out, last = selective_scan(**parts, return_state=True)
+    assert_close(scan(made("s6"))[:, :, 0], np.stack(want, 1))
+    out, last = selective(**parts, return_state=True)
     assert_close(out, np.stack(want, 1))
     assert_close(last, state)
 
 
 def test_mamba_2_is_simple_gla_with_a_skip():
-    x, delta, A, D = normal(B, T, N, p), jax.nn.softplus(normal(B, T, N)), -jnp.exp(normal(N)), normal(N, seed=1)
-    c, b, _ = heads()
-    want = simple_gla(c, b, delta[..., None] * x, delta * A, scale=1.0) + D[:, None] * x
-    assert_close(dsf_scan(mamba2_dsf(x, delta, A, b, c, D)), want)
-    shared = mamba2_dsf(x, delta, A, b[:, :, :1], c[:, :, :1], D)
-    repeated = mamba2_dsf(x, delta, A, *(jnp.repeat(y[:, :, :1], N, axis=2) for y in (b, c)), D)
-    assert_close(dsf_scan(shared), dsf_scan(repeated))
+    x, delta, A, D = normal(B, T, N, p), softplus(normal(B, T, N)), -np.exp(normal(N)), normal(N, seed=1)
+    b, c, _ = heads()
+    gla = jax.jit(functools.partial(simple_gla, scale=1.0))
+    assert_close(scan(made("mamba2")), gla(c, b, delta[..., None] * x, delta * A) + D[:, None] * x)
+    shared = b[:, :, :1], c[:, :, :1]
+    repeated = (np.repeat(y, N, axis=2) for y in shared)
+    assert_close(*(outputs(mamba2_dsf, x, delta, A, *heads, D) for heads in (shared, repeated)))
 
 
 def test_lru_is_its_loop_and_its_eigenvalues_lie_in_the_unit_circle():
-    Bu, nu, theta, gamma = (np.asarray(x) for x in lru_parts())
-    system = lru_dsf(*lru_parts())
+    Bu, nu, theta, gamma = lru_parts()
+    system = made("lru")
     lam = np.exp(-np.exp(nu) + 1j * np.exp(theta))
-    assert_close(dsf_eigenvalues(system)[1, 3, 0, 0], lam)
+    assert_close(np.asarray(eigenvalues(system))[1, 3, 0, 0], lam)
     assert (np.abs(lam) < 1).all()
     state, want = 0, []
     for t in range(T):
         state = lam * state + np.exp(gamma) * Bu[:, t]
         want.append(state)
-    assert_close(dsf_scan(system)[:, :, 0], np.stack(want, 1))
+    assert_close(scan(system)[:, :, 0], np.stack(want, 1))
 
 
 @pytest.mark.parametrize("alpha", [None, 1.7, 0.0, -2.0])
 def test_qlstm_is_its_loop(alpha):
-    x, forget, write, read = (np.asarray(g) for g in gates(4))
+    x, forget, write, read = gates(4)
     lam = sigmoid(forget) if alpha is None else sigmoid(-forget) ** max(alpha, 0)
     state, want = 0, []
     for t in range(T):
         state = lam[:, t] * state + sigmoid(write[:, t]) * x[:, t]
         want.append(sigmoid(read[:, t]) * state)
-    system = qlstm_dsf(*gates(4), None if alpha is None else jnp.asarray(alpha))
-    assert_close(dsf_scan(system)[:, :, 0], np.stack(want, 1))
+    system = qlstm_dsf(*gates(4), None if alpha is None else np.asarray(alpha))
+    assert_close(scan(system)[:, :, 0], np.stack(want, 1))
     if alpha is not None and alpha <= 0:
-        assert (np.asarray(dsf_eigenvalues(system)) == 1).all(), "a pure integrator"
+        assert (np.asarray(eigenvalues(system)) == 1).all(), "a pure integrator"
 
 
 def test_rg_lru_is_its_loop_and_its_reset_splits_documents():
-    x, recurrence, write = (np.asarray(g) for g in gates(3))
-    decay, starts = np.asarray(normal(p)), np.zeros((B, T), bool)
+    x, recurrence, write = gates(3)
+    decay, starts = normal(p), np.zeros((B, T), bool)
     starts[:, 0] = starts[1, 6] = True
     lam = np.exp(-8 * sigmoid(recurrence) * np.log1p(np.exp(decay)))
     lam, root = np.where(starts[..., None], 0, lam), np.where(starts[..., None], 1, np.sqrt(1 - lam**2))
@@ -356,14 +383,15 @@ def test_rg_lru_is_its_loop_and_its_reset_splits_documents():
     for t in range(T):
         state = lam[:, t] * state + root[:, t] * sigmoid(write[:, t]) * x[:, t]
         want.append(state)
-    whole = dsf_scan(rglru_dsf(*gates(3), normal(p), jnp.asarray(starts)))
+    whole = np.asarray(outputs(rglru_dsf, *gates(3), decay, starts))
     assert_close(whole[:, :, 0], np.stack(want, 1))
-    parts = [dsf_scan(rglru_dsf(*(g[:, cut] for g in gates(3)), normal(p), jnp.asarray(starts[:, cut])))
-             for cut in (slice(0, 6), slice(6, T))]  # fmt: skip
-    assert_close(whole[1], jnp.concatenate(parts, axis=1)[1])
+    parts = [
+        outputs(rglru_dsf, *(g[:, cut] for g in gates(3)), decay, starts[:, cut]) for cut in (slice(0, 6), slice(6, T))
+    ]
+    assert_close(whole[1], np.concatenate(parts, axis=1)[1])
     # A gate that never opens keeps everything, and its root has a gradient.
-    shut = jax.grad(lambda decay: jnp.sum(dsf_scan(rglru_dsf(*gates(3), decay))))(jnp.full(p, -800.0))
-    assert np.isfinite(shut).all()
+    slope = jax.jit(jax.grad(lambda decay: jnp.sum(dsf_scan(rglru_dsf(*gates(3), decay)))))
+    assert np.isfinite(slope(np.full(p, -800.0))).all()
 
 
 # What rows have in common
@@ -371,61 +399,62 @@ def test_rg_lru_is_its_loop_and_its_reset_splits_documents():
 
 def test_s6_forgets_as_the_reversed_sigmoid_does():
     x = normal(B, T, p)
-    s6 = delta_gating(jax.nn.softplus(x)[:, :, None], -1.7 * jnp.ones((1, 1, 1)))
-    reversed_ = sigmoid_gating(x, x, jnp.asarray(1.7))
-    assert_close(jnp.exp(s6.step * s6.rate), sigmoid(-np.asarray(x))[:, :, None, None] ** 1.7)
+    s6 = delta_gating(jax.nn.softplus(x)[:, :, None], -1.7 * np.ones((1, 1, 1)))
+    reversed_ = sigmoid_gating(x, x, np.asarray(1.7))
+    assert_close(np.exp(s6.step * s6.rate), sigmoid(-x)[:, :, None, None] ** 1.7)
     np.testing.assert_array_equal(s6.step * s6.rate, reversed_.step * reversed_.rate)
 
 
 def test_normalised_attention_is_a_state_space_model():
     query, key, value = heads()
     log_eta = 2 * normal(B, T, N)
-    system = normalized_attention_dsf(query, key, value, log_eta)
-    lam = np.asarray(dsf_eigenvalues(system))
-    eta = np.exp(np.asarray(log_eta))
+    row = jax.jit(normalized_attention_dsf, static_argnames="normalize_in")
+    system = row(query, key, value, log_eta)
+    lam = np.asarray(eigenvalues(system))
+    eta = np.exp(log_eta)
     assert_close(lam[:, 1:, :, 0, 0], eta[:, :-1] / eta[:, 1:])
     assert (lam[:, 0] == 1).all()
     assert lam.max() > 1, "a state may grow"
-    plain, sums = dsf_scan(
-        normalized_attention_dsf(query, key, value, log_eta, normalize_in="readout"), return_state=True
-    )
-    out, state = dsf_scan(system, return_state=True)
+    plain, sums = scan(row(query, key, value, log_eta, normalize_in="readout"), return_state=True)
+    out, state = scan(system, return_state=True)
     assert_close(out, plain, 1e-11)
     assert_close(state, sums / eta[:, -1, :, None, None], 1e-11)
     # Where eta falls by more than float32 holds, the plain sum divided at the end is still right.
-    steep = jnp.where(jnp.arange(T) < 5, 60.0, -60.0)[:, None] * jnp.ones((B, T, N))
-    narrow = [x.astype(jnp.float32) for x in (query, key, value, steep)]
-    late = dsf_scan(normalized_attention_dsf(*narrow, normalize_in="readout"))
-    assert_close(late[:, 5:], dsf_scan(normalized_attention_dsf(query, key, value, steep))[:, 5:], 1e-5)
+    steep = np.where(np.arange(T) < 5, 60.0, -60.0)[:, None] * np.ones((B, T, N))
+    narrow = [x.astype(np.float32) for x in (query, key, value, steep)]
+    late = np.asarray(scan(row(*narrow, normalize_in="readout")))
+    want, _ = scan(row(query, key, value, steep), return_state=True)
+    assert_close(late[:, 5:], np.asarray(want)[:, 5:], 1e-5)
 
 
 def test_linear_attention_is_s6_with_eta_in_the_place_of_delta():
     """A scalar time step and a scalar A; keys and queries as B and C, one head of all channels."""
     query, key, value = (x[:, :, :1] for x in heads())
-    attention = linear_attention_dsf(query, key, value)
-    q, k = elu_features(query), elu_features(key)
-    s6 = s6_dsf(value[:, :, 0], jnp.ones((B, T, p)), jnp.asarray(-1.0), k[:, :, 0], q[:, :, 0])
-    eta = jnp.einsum("btnd,btnd->btn", q, jnp.cumsum(k, axis=1))
-    assert_close(dsf_scan(s6._replace(**eta_gating(jnp.log(eta))._asdict())), dsf_scan(attention))
+    attention = jax.jit(linear_attention_dsf)(query, key, value)
+    q, k = elu(query), elu(key)
+    as_s6 = jax.jit(lambda delta, A: s6_dsf(value[:, :, 0], delta, A, k[:, :, 0], q[:, :, 0]))
+    eta = np.einsum("btnd,btnd->btn", q, np.cumsum(k, axis=1))
+    with_eta = as_s6(np.ones((B, T, p)), np.asarray(-1.0))._replace(**eta_gating(np.log(eta))._asdict())
+    assert_close(scan(with_eta), scan(attention))
     # And the other way: with S6's own gating attention is S6.
-    delta = jax.nn.softplus(normal(B, T))[..., None]
-    tied = delta_gating(delta[..., None], -0.7 * jnp.ones((1, 1, 1)))
-    as_s6 = s6_dsf(value[:, :, 0], jnp.repeat(delta, p, axis=2), jnp.asarray(-0.7), k[:, :, 0], q[:, :, 0])
-    assert_close(dsf_scan(attention._replace(**tied._asdict())), dsf_scan(as_s6))
+    delta = softplus(normal(B, T))[..., None]
+    tied = delta_gating(delta[..., None], -0.7 * np.ones((1, 1, 1)))
+    s6 = as_s6(np.repeat(delta, p, axis=2), np.asarray(-0.7))
+    assert_close(scan(attention._replace(**tied._asdict())), scan(s6))
 
 
 def test_softmax_needs_an_infinite_state():
     """The error of attention falls with the order of the polynomial, the state grows as n^order."""
     rng = np.random.default_rng(0)
     query, key = (rng.standard_normal((1, 32, 1, 4)) for _ in range(2))
-    query, key = (jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True)) for x in (query, key))
-    value = jnp.eye(32)[None, :, None]
-    exact = dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+    query, key = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
+    value = np.eye(32)[None, :, None]
+    exact = jax.jit(functools.partial(dot_product_attention, is_causal=True, scale=1.0))(query, key, value)
     errors = []
     for order in range(1, 6):
-        system = softmax_dsf(query, key, value, order=order, scale=1.0)
-        assert system.key.shape[3] == sum(4**i for i in range(order + 1))
-        errors.append(float(jnp.abs(scan(system) - exact).max()))
+        row = functools.partial(softmax_dsf, order=order, scale=1.0)
+        assert jax.eval_shape(row, query, key, value).key.shape[3] == sum(4**i for i in range(order + 1))
+        errors.append(np.abs(np.asarray(outputs(row, query, key, value)) - exact).max())
     np.testing.assert_allclose(errors, [5.3e-2, 2.5e-2, 3.2e-3, 8.3e-4, 1.05e-4], rtol=0.05)
 
 
@@ -434,57 +463,63 @@ def test_taylor_features_multiply_to_the_polynomial():
     score = (x * y).sum(-1)
     for order in range(4):
         want = sum(score**i / math.factorial(i) for i in range(order + 1))
-        assert_close((taylor_features(x, order) * taylor_features(y, order)).sum(-1), want)
+        features = jax.jit(functools.partial(taylor_features, order=order))
+        assert_close((np.asarray(features(x)) * features(y)).sum(-1), want)
 
 
 def test_eigenvalues_of_softmax_itself():
     query, key, _ = heads()
-    scores = jnp.exp(jnp.einsum("bind,bjnd->bnij", query, key) * n**-0.5) * np.tril(np.ones((T, T)))
+    scores = np.exp(np.einsum("bind,bjnd->bnij", query, key) * n**-0.5) * np.tril(np.ones((T, T)))
     eta = scores.sum(-1).swapaxes(1, 2)
-    assert_close(jnp.exp(softmax_log_eta(query, key)), eta)
-    step, rate, _ = eta_gating(softmax_log_eta(query, key))
-    assert_close(jnp.exp(step * rate)[:, 1:, :, 0, 0], eta[:, :-1] / eta[:, 1:])
+    log_eta = np.asarray(softmax_log_eta(query, key))
+    assert_close(np.exp(log_eta), eta)
+    step, rate, _ = eta_gating(log_eta)
+    assert_close(np.exp(step * rate)[:, 1:, :, 0, 0], eta[:, :-1] / eta[:, 1:])
 
 
 def test_normalisers():
-    x = jnp.linspace(-4, 4, 17)
+    x = np.linspace(-4, 4, 17)
+    log_of = jax.jit(log_normalizer, static_argnums=1)
     functions = {"exp": np.exp, "elu": lambda x: np.where(x < 0, np.expm1(x), x),
                  "softplus": lambda x: np.log1p(np.exp(x)), "sigmoid": sigmoid}  # fmt: skip
     for name in ("exp", "softplus", "sigmoid"):
-        assert_close(jnp.exp(log_normalizer(x, name)), functions[name](np.asarray(x)))
+        assert_close(np.exp(log_of(x, name)), functions[name](x))
     for name, function in functions.items():
-        assert_close(log_normalizer(x, f"exp_of:{name}"), function(np.asarray(x)))
-    far = jnp.asarray([-1000.0, -60.0], jnp.float32)
+        assert_close(log_of(x, f"exp_of:{name}"), function(x))
+    far = np.asarray([-1000.0, -60.0], np.float32)
     for name in ("softplus", "sigmoid"):
-        np.testing.assert_allclose(log_normalizer(far, name), far)
-        assert np.isfinite(jax.grad(lambda x, name=name: jnp.sum(log_normalizer(x, name)))(far)).all()
+        np.testing.assert_allclose(log_of(far, name), far)
+        assert np.isfinite(jax.jit(jax.grad(lambda x, name=name: jnp.sum(log_normalizer(x, name))))(far)).all()
 
 
 # The selective scan
+
+selective = jax.jit(selective_scan, static_argnames=("delta_softplus", "return_state"))
+selective_step = jax.jit(selective_scan_step, static_argnames="delta_softplus")
 
 
 def test_selective_scan_has_mambas_arguments():
     parts = s6_parts()
     z, bias, logits = normal(B, T, p, seed=8), normal(p, seed=9), normal(B, T, p, seed=10)
     given = {**parts, "delta": logits, "delta_bias": bias, "delta_softplus": True, "z": z}
-    out, last = selective_scan(**given, return_state=True)
-    step = np.log1p(np.exp(np.asarray(logits + bias)))
-    want, end = selective_scan(**{**parts, "delta": jnp.asarray(step)}, return_state=True)
-    assert_close(out, want * z * sigmoid(np.asarray(z)))
+    out, last = selective(**given, return_state=True)
+    want, end = selective(**{**parts, "delta": softplus(logits + bias)}, return_state=True)
+    assert_close(out, want * z * sigmoid(z))
     assert_close(last, end)
-    state, tokens = jnp.zeros((B, p, n)), []
+    state, tokens = np.zeros((B, p, n)), []
     for t in range(T):
         token = {name: given[name][:, t] for name in ("u", "delta", "B", "C", "z")}
-        y, state = selective_scan_step(**{**given, **token}, state=state)
+        y, state = selective_step(**{**given, **token}, state=state)
         tokens.append(y)
-    assert_close(jnp.stack(tokens, axis=1), out)
+    assert_close(np.stack(tokens, axis=1), out)
     assert_close(state, last)
-    first, state = selective_scan(**{k: x[:, :6] if getattr(x, "ndim", 0) == 3 else x for k, x in given.items()},
-                                  return_state=True)  # fmt: skip
-    second = selective_scan(
-        **{k: x[:, 6:] if getattr(x, "ndim", 0) == 3 else x for k, x in given.items()}, initial_state=state
-    )
-    assert_close(jnp.concatenate([first, second], axis=1), out)
+
+    def of(cut):
+        return {name: x[:, cut] if np.ndim(x) == 3 else x for name, x in given.items()}
+
+    first, state = selective(**of(slice(0, 6)), return_state=True)
+    second, _ = selective(**of(slice(6, T)), initial_state=state, return_state=True)
+    assert_close(np.concatenate([first, second], axis=1), out)
 
 
 def test_selective_scan_never_holds_all_states():
@@ -511,7 +546,7 @@ def test_selective_scan_never_holds_all_states():
 
 
 def broken(**parts):
-    return SYSTEMS["s6"]()._replace(**parts)
+    return made("s6")._replace(**parts)
 
 
 @pytest.mark.parametrize(
@@ -519,9 +554,9 @@ def broken(**parts):
     [
         (lambda: dsf_scan((1, 2)), TypeError, "system: expected a DSFSystem, got tuple"),
         (lambda: dsf_scan(broken(step=1.0)), TypeError, "system.step: expected an array, got float"),
-        (lambda: dsf_scan(broken(step=jnp.ones((B, T, 1, 1, 1), int))), TypeError, "system.step: expected a floating"),
+        (lambda: dsf_scan(broken(step=np.ones((B, T, 1, 1, 1), int))), TypeError, "system.step: expected a floating"),
         (
-            lambda: dsf_scan(broken(beta=jnp.ones((B, T, 1, 1, 1), complex))),
+            lambda: dsf_scan(broken(beta=np.ones((B, T, 1, 1, 1), complex))),
             TypeError,
             "system.beta: .* floating dtype",
         ),
@@ -540,18 +575,18 @@ def broken(**parts):
         (lambda: dsf_scan(broken(), return_state=1), TypeError, "return_state: expected a static True or False"),
         (lambda: dsf_scan(broken(), initial_state=normal(B, 1, n, 2)), ValueError, "initial_state: .* with p = 7"),
         (
-            lambda: dsf_scan(broken(), initial_state=normal(B, 1, n, p).astype(jnp.float32)),
+            lambda: dsf_scan(broken(), initial_state=normal(B, 1, n, p).astype(np.float32)),
             TypeError,
             "initial_state: expected dtype float64, in which states are kept, got float32",
         ),
         (lambda: dsf_scan(broken(), mode="convolution"), ValueError, "system.step: mode 'convolution' needs a part"),
         (
-            lambda: dsf_scan(SYSTEMS["lru"](), mode="convolution", return_state=True),
+            lambda: dsf_scan(made("lru"), mode="convolution", return_state=True),
             ValueError,
             "initial_state, return_state: mode 'convolution' has no state",
         ),
         (
-            lambda: dsf_scan(SYSTEMS["lru"]()._replace(segment_ids=jnp.asarray(IDS)), mode="convolution"),
+            lambda: dsf_scan(made("lru")._replace(segment_ids=IDS), mode="convolution"),
             ValueError,
             "system.segment_ids: mode 'convolution' sees across segments",
         ),
@@ -570,7 +605,7 @@ def broken(**parts):
         (lambda: selective_scan(**{**s6_parts(), "B": IDS}), ValueError, "B: expected 3 dimensions"),
         (lambda: lru_dsf(lru_parts()[0], *[normal(p)] * 2, normal(4)), ValueError, "gamma_log: .* p = 7 as in nu_log"),
         (lambda: qlstm_dsf(*gates(4), normal(1)), ValueError, "alpha: expected 0 dimensions"),
-        (lambda: rglru_dsf(*gates(3), normal(p), jnp.ones((B, 4), bool)), ValueError, "starts: .* with T = 13"),
+        (lambda: rglru_dsf(*gates(3), normal(p), np.ones((B, 4), bool)), ValueError, "starts: .* with T = 13"),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

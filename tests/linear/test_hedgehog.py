@@ -27,6 +27,9 @@ ACTIVATIONS = ("exp", "softmax_dim", "exp_dim", "softmax_joint")
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 # One map of keys for every key head, or one for every query head.
 every_map = pytest.mark.parametrize("key_weight", [W_KEY, W_KEYS], ids=["by-key-head", "by-query-head"])
+# Compiled: operation by operation, most of the time would go into compiling.
+attend = jax.jit(hedgehog_attention, static_argnames=("activation", "is_causal", "return_state"))
+take_step = jax.jit(hedgehog_attention_step, static_argnames="activation")
 
 
 def assert_close(got, want, tolerance=1e-5):
@@ -134,11 +137,9 @@ def test_the_least_feature():
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_the_attention_is_its_weights(key_weight, activation, is_causal):
     allowed = same_segment() & (np.tri(T, dtype=bool) | (not is_causal))
-    out = hedgehog_attention(
-        Q, KEY, VALUE, W_QUERY, key_weight, activation=activation, is_causal=is_causal, segment_ids=SEGMENTS
-    )
-    assert_close(out, read(student(key_weight, activation, allowed)))
-    ones = hedgehog_attention(Q, KEY, np.ones_like(VALUE), W_QUERY, key_weight, activation=activation)
+    run = functools.partial(attend, activation=activation, is_causal=is_causal, segment_ids=SEGMENTS)
+    assert_close(run(Q, KEY, VALUE, W_QUERY, key_weight), read(student(key_weight, activation, allowed)))
+    ones = run(Q, KEY, np.ones_like(VALUE), W_QUERY, key_weight)
     np.testing.assert_allclose(ones, 1, atol=1e-6)
 
 
@@ -148,24 +149,25 @@ def test_padded_keys_have_no_features_and_a_row_of_them_gives_nothing(key_weight
     mask = real[:, None, None, :]
     allowed = np.tri(T, dtype=bool) & mask
 
-    def out(value, weights):
-        return hedgehog_attention(Q, KEY, value, *weights, mask=mask, query_bias=B_QUERY)
+    def squares(value, weights):
+        got = hedgehog_attention(Q, KEY, value, *weights, mask=mask, query_bias=B_QUERY)
+        return jnp.sum(got**2), got
 
-    got = out(VALUE, (W_QUERY, key_weight))
+    run = jax.jit(jax.grad(squares, argnums=(0, 1), has_aux=True))
+    gradient, got = run(VALUE, (W_QUERY, key_weight))
     assert_close(got, read(student(key_weight, allowed=allowed, query_bias=B_QUERY)))
     assert not np.any(got[0, :2])
-    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(out(*x) ** 2), argnums=(0, 1)))(VALUE, (W_QUERY, key_weight))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert not np.any(gradient[0][0, :2])
 
 
 def test_one_token_is_its_value():
     first = (Q[:, :1], KEY[:, :1], VALUE[:, :1])
-    np.testing.assert_allclose(hedgehog_attention(*first, W_QUERY, W_KEY), np.repeat(VALUE[:, :1], 2, 2), rtol=1e-6)
+    np.testing.assert_allclose(attend(*first, W_QUERY, W_KEY), np.repeat(VALUE[:, :1], 2, 2), rtol=1e-6)
 
 
 def test_keys_of_another_length():
-    out = hedgehog_attention(Q[:, :4], KEY, VALUE, W_QUERY, W_KEY, is_causal=False)
+    out = attend(Q[:, :4], KEY, VALUE, W_QUERY, W_KEY, is_causal=False)
     assert_close(out, read(student(allowed=np.ones((T, T), bool)))[:, :4])
 
 
@@ -174,17 +176,14 @@ def test_keys_of_another_length():
 def test_a_split_and_single_steps_give_the_whole(key_weight, activation):
     options = {"query_bias": B_QUERY, "key_bias": np.resize(B_KEY, (len(key_weight), F)), "activation": activation}
     want = read(student(key_weight, activation, query_bias=B_QUERY, key_bias=options["key_bias"]))
-    first, state = hedgehog_attention(
-        Q[:, :6], KEY[:, :6], VALUE[:, :6], W_QUERY, key_weight, return_state=True, **options
-    )
+    first, state = attend(Q[:, :6], KEY[:, :6], VALUE[:, :6], W_QUERY, key_weight, return_state=True, **options)
     assert state.S.shape == (B, len(key_weight), 2 * F, V)
-    second, end = hedgehog_attention(
+    second, end = attend(
         Q[:, 6:], KEY[:, 6:], VALUE[:, 6:], W_QUERY, key_weight, initial_state=state, return_state=True, **options
     )
-    assert_close(jnp.concatenate([first, second], axis=1), want)
-    step = jax.jit(functools.partial(hedgehog_attention_step, **options))
+    assert_close(np.concatenate([first, second], axis=1), want)
     for t in range(6, T):
-        out, state = step(Q[:, t], KEY[:, t], VALUE[:, t], state, W_QUERY, key_weight)
+        out, state = take_step(Q[:, t], KEY[:, t], VALUE[:, t], state, W_QUERY, key_weight, **options)
         assert_close(out, want[:, t])
     jax.tree.map(assert_close, state, end)
 
@@ -200,7 +199,7 @@ def test_bfloat16_maps_are_made_in_float32():
     wide = [x.astype(jnp.float32) for x in narrow]
     got = hedgehog_feature_map(narrow[0], W_QUERY)
     np.testing.assert_array_equal(got, hedgehog_feature_map(wide[0], W_QUERY).astype(jnp.bfloat16))
-    out, want = (hedgehog_attention(*x, W_QUERY, W_KEY) for x in (narrow, wide))
+    out, want = (attend(*x, W_QUERY, W_KEY) for x in (narrow, wide))
     assert out.dtype == jnp.bfloat16
     assert np.sqrt(np.mean((out.astype(jnp.float32) - want) ** 2) / np.mean(want**2)) < 3 * 2**-8
 
@@ -241,9 +240,13 @@ def teacher(allowed):
     return np.where(seen, softmax(np.where(allowed | ~seen, logits, -np.inf)), 0)
 
 
-@every_map
-@pytest.mark.parametrize("block_size", [1, 5, 128])
-@pytest.mark.parametrize("is_causal", [True, False])
+# Every pair of two of the options.
+@pytest.mark.parametrize(
+    ("key_weight", "block_size", "is_causal"),
+    [(W_KEY, 1, True), (W_KEYS, 1, False), (W_KEYS, 5, True), (W_KEY, 5, False), (W_KEY, 128, True),
+     (W_KEYS, 128, False)],
+    ids=lambda x: f"{len(x)}-maps" if isinstance(x, np.ndarray) else None,
+)  # fmt: skip
 def test_the_loss_is_the_mean_over_rows_that_see_something(key_weight, block_size, is_causal):
     mask = (np.arange(T) >= np.array([[6], [0]]))[:, None, None, :]
     allowed = np.broadcast_to(mask & same_segment() & (np.tri(T, dtype=bool) | (not is_causal)), (B, N, T, T))
@@ -261,17 +264,20 @@ def test_the_loss_is_the_mean_over_rows_that_see_something(key_weight, block_siz
         segment_ids=SEGMENTS,
         block_size=block_size,
     )
-    assert_close(loss(), xent)
-    assert_close(loss(xent_factor=0.0, mse_factor=1.0), mse)
-    assert_close(loss(xent_factor=0.5, mse_factor=30.0), 0.5 * xent + 30 * mse)
+    factors = ({}, {"xent_factor": 0.0, "mse_factor": 1.0}, {"xent_factor": 0.5, "mse_factor": 30.0})
+    got = jax.jit(lambda: [loss(**given) for given in factors])()
+    for one, wanted in zip(got, (xent, mse, 0.5 * xent + 30 * mse), strict=True):
+        assert_close(one, wanted)
 
 
 def test_the_teacher_is_softmax_attention_with_its_own_scale():
-    one_hot = jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, K, T))
+    one_hot = np.broadcast_to(np.eye(T, dtype=np.float32)[:, None], (B, T, K, T))
     for scale in (None, 0.3):
-        true = np.moveaxis(np.asarray(dot_product_attention(Q, KEY, one_hot, is_causal=True, scale=scale)), 1, 2)
+        softmax_attention = jax.jit(functools.partial(dot_product_attention, is_causal=True, scale=scale))
+        true = np.moveaxis(np.asarray(softmax_attention(Q, KEY, one_hot)), 1, 2)
         xent = -(true * np.log(np.maximum(student(), 1e-12))).sum(-1).mean()
-        assert_close(attention_distillation_loss(Q, KEY, VALUE, W_QUERY, W_KEY, scale=scale), xent)
+        loss = jax.jit(functools.partial(attention_distillation_loss, scale=scale))
+        assert_close(loss(Q, KEY, VALUE, W_QUERY, W_KEY), xent)
 
 
 def test_gradients_reach_the_maps_alone_and_are_those_of_finite_differences():

@@ -14,7 +14,10 @@ from jattn.nn.dsf import LinearTransformerMixer, NormalizedMixer, SoftmaxDSFMixe
 from jattn.nn.dsf_recurrent import RGLRU, QLSTMMixer, ReversedQLSTMMixer, S6Mixer, SSDMixer
 from tests.golden.harness import Case, Tolerance, adapter
 
-FLOAT64: dict[str, Any] = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+
+def _float64() -> dict[str, Any]:
+    """Options of a layer. Made anew: random numbers may not be drawn from a stream of another trace."""
+    return {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
 
 
 def _read(case: Case, name: str) -> jax.Array:
@@ -24,7 +27,7 @@ def _read(case: Case, name: str) -> jax.Array:
 def _linear(case: Case, name: str) -> nnx.Linear:
     """The layer whose weight [out, in] and, it may be, bias [out] are in the file."""
     weight = _read(case, name + "_weight").T
-    layer = nnx.Linear(*weight.shape, use_bias=name + "_bias" in case, **FLOAT64)
+    layer = nnx.Linear(*weight.shape, use_bias=name + "_bias" in case, **_float64())
     layer.kernel[...] = weight
     if layer.bias is not None:
         layer.bias[...] = _read(case, name + "_bias")
@@ -78,7 +81,7 @@ def _attention(case: Case, prefix: str, make: Any, heads: int, **options: Any) -
     width = both.out_features // 2
     sizes = {"head_dim": width // heads, "value_dim": case[prefix + "Wv_weight"].shape[0] // heads}
     options |= {"rope_theta": None, "use_bias": both.bias is not None}
-    mixer = make(x.shape[-1], num_heads=heads, **sizes, **options, **FLOAT64)
+    mixer = make(x.shape[-1], num_heads=heads, **sizes, **options, **_float64())
     p = mixer.projections
     for layer, part in ((p.query, slice(0, width)), (p.key, slice(width, None))):
         layer.kernel[...] = both.kernel[:, part]
@@ -115,7 +118,7 @@ def _s6(case: Case, prefix: str) -> dict[str, Any]:
     x_proj = _linear(case, prefix + "x_proj")
     dt_bias = _read(case, prefix + "dt_proj_bias")
     rank = 1 if make is SSDMixer else _linear(case, prefix + "dt_proj").in_features
-    mixer = make(x.shape[-1], head_dim=(x_proj.out_features - rank) // 2, **FLOAT64)
+    mixer = make(x.shape[-1], head_dim=(x_proj.out_features - rank) // 2, **_float64())
     mixer.rank = rank
     mixer.x_proj, mixer.out_proj = x_proj, _linear(case, prefix + "out_proj")
     if mixer.dt_proj is not None:
@@ -131,7 +134,7 @@ def _qlstm(case: Case, prefix: str) -> dict[str, Any]:
     is_reversed = prefix.endswith("rev_")
     expand = weight.shape[0] // x.shape[-1]
     mixer = (ReversedQLSTMMixer if is_reversed else QLSTMMixer)(
-        x.shape[-1], expand=expand, taps=weight.shape[2], **FLOAT64
+        x.shape[-1], expand=expand, taps=weight.shape[2], **_float64()
     )
     mixer.in_proj, mixer.gates, mixer.out_proj = (_linear(case, prefix + n) for n in ("input", "gates", "output"))
     mixer.convolution.kernel[...] = weight[:, 0, ::-1].T
@@ -143,7 +146,7 @@ def _qlstm(case: Case, prefix: str) -> dict[str, Any]:
 
 def _rglru(case: Case, prefix: str) -> dict[str, Any]:
     x, blocks = _input(case, prefix), case[prefix + "input_gate_weight"].shape[0]
-    layer = RGLRU(x.shape[-1], blocks, **FLOAT64)
+    layer = RGLRU(x.shape[-1], blocks, **_float64())
     for gate, name in ((layer.write_gate, "input_gate"), (layer.recurrence_gate, "recurrent_gate")):
         gate.kernel[...] = _read(case, f"{prefix}{name}_weight")
         gate.bias[...] = _read(case, f"{prefix}{name}_bias")

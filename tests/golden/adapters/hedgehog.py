@@ -62,7 +62,7 @@ def _features(case: Case, prefix: str) -> dict[str, Any]:
         own = prefix + "phi_" + of
         outputs[f"{own}_exp_negation_identity"] = hedgehog_feature_map(given[of], activation="exp")
         if own + "_softmax_dim_temp" in case:
-            temp = float(_own_or_shared(case, prefix, "temp")["temp"])
+            temp = float(case[prefix + "temp" if prefix + "temp" in case else "temp"])
             outputs[f"{own}_softmax_dim_temp"] = hedgehog_feature_map(given[of], temp=temp, eps=eps)
         if own + "_softmax_joint2" in case:
             # One layer y = x W^T + b, shared by all heads.
