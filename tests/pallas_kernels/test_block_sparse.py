@@ -122,9 +122,33 @@ def _all_rows(x, batch):
     return np.concatenate([x] * (batch // len(x))) if len(x) > 1 else x
 
 
-def run(function, arguments, cotangents):
-    out, transpose = jax.vjp(jax.jit(function), arguments)
+def with_gradients(function, arguments, cotangents):
+    out, transpose = jax.vjp(function, arguments)
     return dict(zip(("out", "lse"), out, strict=True)) | transpose(cotangents)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("soft_cap", "reference"))
+def dense(arguments, cotangents, mask, segments, *, soft_cap, reference):
+    def attend(x):
+        x = reference(x) if reference else x
+        bias = x.get("bias")
+        if "kv_bias" in x:
+            bias = jnp.repeat(x["kv_bias"], x["query"].shape[2] // x["key"].shape[2], axis=1)[:, :, None]
+        return dot_product_attention(
+            x["query"],
+            x["key"],
+            x["value"],
+            bias,
+            mask,
+            scale=0.2,
+            logits_soft_cap=soft_cap,
+            sinks=x.get("sinks"),
+            segment_ids=segments,
+            return_lse=True,
+            implementation="reference",
+        )
+
+    return with_gradients(attend, arguments, cotangents)
 
 
 def compare(
@@ -170,28 +194,11 @@ def compare(
             **options,
         )
 
-    def dense(x):
-        x = reference(x) if reference else x
-        bias = x.get("bias")
-        if "kv_bias" in x:
-            bias = jnp.repeat(x["kv_bias"], sizes[0] // key.shape[2], axis=1)[:, :, None]
-        return dot_product_attention(
-            x["query"],
-            x["key"],
-            x["value"],
-            bias,
-            _all_rows(allowed(kinds, mask, windows, *sizes), len(query)),
-            scale=0.2,
-            logits_soft_cap=soft_cap,
-            sinks=x.get("sinks"),
-            segment_ids=segments,
-            return_lse=True,
-            implementation="reference",
-        )
-
-    got = run(fused, arguments, cotangents)
+    got = jax.jit(functools.partial(with_gradients, fused))(arguments, cotangents)
+    visible = _all_rows(allowed(kinds, mask, windows, *sizes), len(query))
     with jax.enable_x64(True):
-        want = run(dense, *jax.tree.map(lambda x: x.astype(jnp.float64), (arguments, cotangents)))
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (arguments, cotangents))
+        want = dense(*wide, visible, segments, soft_cap=soft_cap, reference=reference)
     got, want = jax.tree.map(lambda x: np.asarray(x, np.float64), (got, want))
     seen = np.isfinite(want["lse"])
     np.testing.assert_array_equal(np.isfinite(got["lse"]), seen)
@@ -251,16 +258,22 @@ def test_rows_that_see_nothing_whether_listed_or_not(cut):
     np.testing.assert_allclose(got["lse"][0, 128:256], np.broadcast_to(arguments["sinks"], (128, 2)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("cut", [CUT, TWO_WALKS, ON_GPU], ids=["one walk", "two walks", "gpu"])
-@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 4)], ids=["batch", "key heads", "batch and heads"])
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [((2, 1), CUT), ((1, 2), CUT), ((2, 4), TWO_WALKS), ((1, 2), ON_GPU), ((2, 4), ON_GPU)],
+    ids=["batch", "key heads", "batch and heads, two walks", "gpu, key heads", "gpu, batch and heads"],
+)
 def test_lists_of_batch_rows_and_heads(shape, cut):
     kinds = np.random.default_rng(0).integers(0, 3, (*shape, 2, 2)).astype(np.int32)
     kinds[0, 0, 1] = 0
     compare(*operands(2, 211, 307, 4, 2, 16, 32), Causal(), kinds, cut=cut)
 
 
-@pytest.mark.parametrize("cut", [CUT, TWO_WALKS, WIDE_UNITS, ON_GPU], ids=["one walk", "two walks", "wide", "gpu"])
-@pytest.mark.parametrize("of_groups", [False, True], ids=["one list", "lists of groups"])
+@pytest.mark.parametrize(
+    ("of_groups", "cut"),
+    [(False, CUT), (True, TWO_WALKS), (False, WIDE_UNITS), (True, ON_GPU)],
+    ids=["one list", "lists of groups, two walks", "one list, wide", "lists of groups, gpu"],
+)
 def test_windows_of_coordinates(of_groups, cut):
     """Two groups of three batch rows each, in turn; some windows are empty, and lists leave blocks out."""
     rng = np.random.default_rng(1)

@@ -13,7 +13,7 @@ from pallas_kernels.linear import normalized_linear_attention
 from pallas_kernels.linear.tiling import Tiling
 
 SMALL = Tiling(chunk=16, chunks=2, heads=1, lag=1, times=2)
-TOGETHER = Tiling(chunk=16, chunks=2, heads=2, lag=1, times=2)
+TOGETHER = Tiling(chunk=16, chunks=1, heads=2, lag=1, times=2)
 NAMES = ("out", "S", "z", "dquery", "dkey", "dvalue", "dgate", "dS", "dz")
 
 
@@ -30,7 +30,6 @@ def errors(sizes, *, constant=False, dtype=jnp.float32, eps=(1e-3, 0.0), blocks=
         rng.standard_normal(state_shape).astype(np.float32),
         rng.uniform(0.5, 1, state_shape[:3]).astype(np.float32),
     ]
-    shapes = (batch, length, heads, value_width), state_shape, state_shape[:3]
     shapes = ((batch, length, heads, value_width), state_shape, state_shape[:3])
     cotangents = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     ids = np.sort(rng.integers(0, 3, (batch, length))).astype(np.int32) if segments else None
@@ -66,7 +65,7 @@ def errors(sizes, *, constant=False, dtype=jnp.float32, eps=(1e-3, 0.0), blocks=
     ("sizes", "options"),
     [
         ((2, 37, 2, 2, 5, 7), {}),
-        ((1, 53, 4, 2, 8, 16), {"constant": True, "eps": (0.0, 0.1), "blocks": TOGETHER}),
+        ((1, 64, 4, 2, 8, 16), {"constant": True, "eps": (0.0, 0.1), "blocks": TOGETHER}),
         ((2, 67, 2, 2, 8, 8), {"segments": True, "eps": (0.0, 0.0)}),
         ((1, 131, 2, 1, 16, 24), {"blocks": None, "constant": True}),
     ],
@@ -77,7 +76,7 @@ def test_values_and_gradients_are_the_definition(sizes, options):
 
 
 def test_bfloat16_operands():
-    found = errors((1, 300, 4, 2, 64, 64), dtype=jnp.bfloat16, blocks=None, segments=True)
+    found = errors((1, 150, 2, 1, 64, 64), dtype=jnp.bfloat16, blocks=None, segments=True)
     # A query's gradient is of value - out, which is small where the rounded terms it comes from are not.
     assert found.pop("dquery") < 1e-2
     assert all(ratio < 5e-3 for ratio in found.values()), found
@@ -91,18 +90,32 @@ def test_a_divisor_of_zero_gives_zero_and_no_gradient():
         op = functools.partial(normalized_linear_attention, scale=1.0, eps=(0.0, 0.0), platform="interpret")
         return jnp.sum(op(query, key, ones, jnp.zeros(1), None, *state, blocks=SMALL)[0])
 
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
     for arrays in ((zeros, ones), (ones, zeros)):
-        value, gradients = jax.value_and_grad(total, argnums=(0, 1))(*arrays)
+        value, gradients = run(*arrays)
         assert value == 0
         assert all(np.all(np.asarray(x) == 0) for x in gradients)
 
 
-@pytest.mark.parametrize("options", [{}, {"reverse": True, "eps_mode": "z", "eps": 0.1}, {"is_causal": False}])
-@pytest.mark.parametrize("gates", [(), (2, 29, 2), (2, 29, 2, 5)])
+REVERSE, NO_ORDER = {"reverse": True, "eps_mode": "z", "eps": 0.1}, {"is_causal": False}
+OF_HEADS, OF_TOKENS, OF_CHANNELS = (2,), (2, 29, 2), (2, 29, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "gates"),
+    [
+        ({}, OF_HEADS),
+        ({}, OF_CHANNELS),
+        (REVERSE, OF_HEADS),
+        (REVERSE, OF_TOKENS),
+        (NO_ORDER, OF_TOKENS),
+        (NO_ORDER, OF_CHANNELS),
+    ],
+)
 def test_the_op_on_kernels(options, gates):
     rng = np.random.default_rng(1)
     query, key, value = (rng.uniform(0.05, 1, (2, 29, *last)).astype(np.float32) for last in ((4, 5), (2, 5), (2, 7)))
-    gate = -rng.uniform(0, 1, gates or (2,)).astype(np.float32)
+    gate = -rng.uniform(0, 1, gates).astype(np.float32)
     given = {"normalize": True, "scale": 0.7, **options}
     if options.get("is_causal", True):
         state = LinearState(*(rng.uniform(0.05, 1, s).astype(np.float32) for s in ((2, 2, 5, 7), (2, 2, 5))))
