@@ -299,7 +299,9 @@ def _laid_out(p: Problem, x: Operands, codes: Sequence[np.ndarray]) -> Operands:
         kv_bias=None if x.kv_bias is None else x.kv_bias[:, :, None],
         q_segments=None if x.q_segments is None else x.q_segments[:, None],
         kv_segments=None if x.kv_segments is None else x.kv_segments[:, None],
-        intervals=None if x.intervals is None else intervals.whole(x.intervals, p.rows * p.tiling.block_q),
+        intervals=None
+        if x.intervals is None
+        else intervals.whole(x.intervals, p.rows * p.tiling.block_q, p.columns * p.tiling.block_kv),
         by_row=by_row,
         by_col=by_col,
     )

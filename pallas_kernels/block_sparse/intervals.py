@@ -4,6 +4,10 @@ Causal masks and sliding windows are of this form, and segments are where those 
 keys of a query's segment are neighbors, and what it sees is where both intervals meet. Whether they do is known on the
 device only. Ids count as in order if they do not decrease once the first one is taken for the smallest, modulo 2^32:
 so padding may have any id that is not used before it.
+
+Segments that are not in order are set apart: with a place for every key, id S + s, a query sees the interval of places
+id S + low(t) <= place < id S + high(t). Only where ids differ by so much that places do not fit 32 bits are they
+compared themselves.
 """
 
 from __future__ import annotations
@@ -34,13 +38,19 @@ class Intervals(NamedTuple):
     """Of every query.
 
     Attributes:
-      ends: low and high, within the keys that there are.
-      in_order: whether segments of a batch row are; `None` without segments. Where they are not, intervals are of the
-        rule alone.
+      ends: low and high, within the keys that there are; of the rule alone where segments are not in order.
+      order: what segments of a batch row are: `IN_ORDER`, `APART` or `WIDE`; `None` without segments.
+      q_origins, kv_places: places of keys and what a query's ends are counted from, if segments are apart; else
+        positions, from 0. After the last key, -1.
     """
 
     ends: Int[Array, "G 2 T"]
-    in_order: Int[Array, " B"] | None
+    order: Int[Array, " B"] | None
+    q_origins: Int[Array, "B 1 T"] | None
+    kv_places: Int[Array, "B 1 S"] | None
+
+
+WIDE, IN_ORDER, APART = range(3)
 
 
 def find(
@@ -59,18 +69,29 @@ def find(
     begin, end = (np.clip(x, 0, kv_len) for x in given)
     sides = 2 if begin.any() and (end < -(-kv_len // block_kv) * block_kv).any() else 1
     low, high = (jnp.asarray(x, jnp.int32)[None] for x in (begin, end))
-    in_order = None
-    if q_segments is not None and kv_segments is not None:
-        first, beyond, known = _segments(q_segments, kv_segments)
-        low = jnp.where(known[:, None], jnp.maximum(low, first), low)
-        high = jnp.where(known[:, None], jnp.minimum(high, beyond), high)
-        in_order, sides = known.astype(jnp.int32), 2
-    return Intervals(jnp.stack([low, high], axis=1), in_order), sides
+    if q_segments is None or kv_segments is None:
+        return Intervals(jnp.stack([low, high], axis=1), None, None, None), sides
+    first, beyond, in_order = _segments(q_segments, kv_segments)
+    low = jnp.where(in_order[:, None], jnp.maximum(low, first), low)
+    high = jnp.where(in_order[:, None], jnp.minimum(high, beyond), high)
+    origins, places, fits = _apart(q_segments, kv_segments)
+    order = jnp.where(in_order, IN_ORDER, jnp.where(fits, APART, WIDE))
+    origins = jnp.where((order == APART)[:, None], origins, 0)
+    places = jnp.where((order == APART)[:, None], places, np.arange(kv_len, dtype=np.int32))
+    return Intervals(jnp.stack([low, high], axis=1), order.astype(jnp.int32), origins[:, None], places[:, None]), 2
 
 
-def whole(x: Intervals, q_len: int) -> Intervals:
-    """With queries beyond the last that see what it sees."""
-    return x._replace(ends=jnp.pad(x.ends, [(0, 0), (0, 0), (0, q_len - x.ends.shape[2])], mode="edge"))
+def whole(x: Intervals, q_len: int, kv_len: int) -> Intervals:
+    """With queries beyond the last that see what it sees, and places of no keys."""
+
+    def longer(queries: Array) -> Array:
+        return jnp.pad(queries, [(0, 0), (0, 0), (0, q_len - queries.shape[2])], mode="edge")
+
+    if x.q_origins is None or x.kv_places is None:
+        return x._replace(ends=longer(x.ends))
+    missing = [(0, 0), (0, 0), (0, kv_len - x.kv_places.shape[2])]
+    places = jnp.pad(x.kv_places, missing, constant_values=-1)
+    return x._replace(ends=longer(x.ends), q_origins=longer(x.q_origins), kv_places=places)
 
 
 def _segments(q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> tuple[Array, Array, Array]:
@@ -78,6 +99,17 @@ def _segments(q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> tuple[Arra
     keys, queries = (_unsigned(x - kv_ids[:, :1]) for x in (kv_ids, q_ids))
     in_order = jnp.all(keys[:, 1:] >= keys[:, :-1], axis=1)
     return _count(keys, queries, jnp.less), _count(keys, queries, jnp.less_equal), in_order
+
+
+def _apart(q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> tuple[Array, Array, Array]:
+    """Origins of queries and places of keys, and of each batch row if they fit."""
+    both = jnp.concatenate([q_ids, kv_ids], axis=1)
+    least, most = (find(both, axis=1, keepdims=True) for find in (jnp.min, jnp.max))
+    kv_len = kv_ids.shape[1]
+    origins = ((both - least) * kv_len).astype(jnp.int32)
+    fits = _unsigned(most - least) < np.uint32((2**31 - 1) // kv_len)
+    places = origins[:, q_ids.shape[1] :] + np.arange(kv_len, dtype=np.int32)
+    return origins[:, : q_ids.shape[1]], places, fits[:, 0]
 
 
 def _count(keys: UInt32[Array, "B S"], x: UInt32[Array, "B T"], is_before: Callable[..., Array]) -> Int[Array, "B T"]:
@@ -106,7 +138,7 @@ class Test(enum.Enum):
 
 
 _HIGH, _LOW, _SPAN = range(3)
-_AXES = {"key": 0, "value": 0, "kv_bias": 1, "kv_segments": 1, "key_sums": 2, "value_sums": 2}
+_AXES = {"key": 0, "value": 0, "kv_bias": 1, "kv_segments": 1, "kv_places": 1, "key_sums": 2, "value_sums": 2}
 """Along which axis the keys of a block lie."""
 
 
@@ -122,7 +154,8 @@ def scratch(p: Problem) -> dict[str, Any]:
 def begin_queries(refs: Refs) -> None:
     """The intervals of a block as columns, and how far they reach."""
     low, high = refs.ends[:1], refs.ends[1:]
-    for i, x in ((_HIGH, high), (_LOW, -low), (_SPAN, jnp.maximum(high - low, 0))):
+    first = low if refs.q_origins is None else low + refs.q_origins[...]
+    for i, x in ((_HIGH, high), (_LOW, -first), (_SPAN, jnp.maximum(high - low, 0))):
         refs.bounds[i] = walk.upright(x)
     for i, x in enumerate((jnp.min(low), jnp.max(low), jnp.min(high), jnp.max(high))):
         refs.reach[i] = x
@@ -141,8 +174,9 @@ def allowed(
             least, most = jnp.int32(-(2**31)), jnp.int32(2**31 - 1)
             place = jnp.where(step.kind == EDGE, jnp.where(kv_pos < p.kv_len, least, most), place)
         return place < walk.wide(refs.bounds[jnp.where(low, _LOW, _HIGH), rows], width)
-    # Unsigned, what is below low is beyond all spans.
-    after = kv_pos + walk.wide(refs.bounds[_LOW, rows], width)
+    # Unsigned, what is below low is beyond all spans. Where segments are compared themselves origins are 0.
+    place = kv_pos if refs.kv_places is None or test is Test.SEGMENTS else refs.kv_places[:, columns]
+    after = place + walk.wide(refs.bounds[_LOW, rows], width)
     after, span = (
         jax.lax.bitcast_convert_type(x, jnp.uint32) for x in (after, walk.wide(refs.bounds[_SPAN, rows], width))
     )
@@ -150,7 +184,7 @@ def allowed(
 
 
 def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, Refs, Test], None]) -> None:
-    """Visits a block that is not full: by strips where some are hidden or segments are out of order, else at once.
+    """Visits a block that is not full: by strips where some are hidden or segments are to be compared, else at once.
 
     Args:
       size: keys of a tile.
@@ -166,15 +200,15 @@ def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, R
         return [step.kv_start + i for i in range(0, t.block_kv, size)]
 
     strips = starts(t.strip)
-    in_order = jnp.bool_(True) if refs.in_order is None else refs.in_order[step.b] != 0
-    apart, crossed = ~in_order, jnp.bool_(False)
+    order = jnp.int32(IN_ORDER) if refs.order is None else refs.order[step.b]
+    is_wide, by_strips, crossed = order == WIDE, order == WIDE, order == APART
     if len(strips) > 1:
-        apart |= functools.reduce(operator.or_, map(hidden, strips))
+        by_strips |= functools.reduce(operator.or_, map(hidden, strips))
     if p.sides > 1:  # in some tile both of them
-        crossed = functools.reduce(operator.or_, ((i < low) & (i + size > high) for i in starts(size)))
-    apart &= step.kind != EDGE
-    crossed &= ~apart & (step.kind != EDGE)
-    pl.when(~apart & ~crossed)(functools.partial(each, step, refs, Test.SIDE))
+        crossed |= functools.reduce(operator.or_, ((i < low) & (i + size > high) for i in starts(size)))
+    by_strips &= step.kind != EDGE
+    crossed &= ~by_strips & (step.kind != EDGE)
+    pl.when(~by_strips & ~crossed)(functools.partial(each, step, refs, Test.SIDE))
     if p.sides > 1:
         pl.when(crossed)(functools.partial(each, step, refs, Test.INTERVAL))
 
@@ -183,10 +217,10 @@ def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, R
         here = step._replace(kv_start=step.kv_start + i * t.strip)
         of_keys = {name: refs[name].at[(*[slice(None)] * axis, at)] for name, axis in _AXES.items() if name in refs}
         part, seen = Refs(refs | of_keys), ~hidden(here.kv_start)
-        if refs.in_order is not None:
-            pl.when(seen & ~in_order)(functools.partial(each, here, part, Test.SEGMENTS))
+        if refs.order is not None:
+            pl.when(seen & is_wide)(functools.partial(each, here, part, Test.SEGMENTS))
         if len(strips) > 1:
-            pl.when(seen & in_order)(functools.partial(each, here, part, Test.INTERVAL if p.sides > 1 else Test.SIDE))
+            pl.when(seen & ~is_wide)(functools.partial(each, here, part, Test.INTERVAL if p.sides > 1 else Test.SIDE))
 
-    if refs.in_order is not None or len(strips) > 1:
-        pl.when(apart)(lambda: jax.lax.fori_loop(0, len(strips), strip, None))
+    if refs.order is not None or len(strips) > 1:
+        pl.when(by_strips)(lambda: jax.lax.fori_loop(0, len(strips), strip, None))

@@ -214,13 +214,13 @@ def specs(p: Problem, where: Where, steps: int) -> dict[str, pl.BlockSpec]:
         "out": query(p.value_width),
         "lse": block((None, None, 1, t.block_q), lambda b, n, row, col: (b, n, 0, row)),
         "kv_bias": block((None, None, 1, t.block_kv), lambda b, n, row, col: (b, n // p.group, 0, col)),
-        "q_segments": block((None, 1, t.block_q), lambda b, n, row, col: (b, 0, row)),
-        "kv_segments": block((None, 1, t.block_kv), lambda b, n, row, col: (b, 0, col)),
+        **dict.fromkeys(("q_segments", "q_origins"), block((None, 1, t.block_q), lambda b, n, row, col: (b, 0, row))),
+        **dict.fromkeys(("kv_segments", "kv_places"), block((None, 1, t.block_kv), lambda b, n, row, col: (b, 0, col))),
         **dict.fromkeys(("low", "high"), block((None, p.axes, t.block_q), lambda b, n, row, col: (group(b), 0, row))),
         "ends": block((None, 2, t.block_q), lambda b, n, row, col: (group(b), 0, row)),
         "place": block((p.axes, t.block_kv), lambda b, n, row, col: (0, col)),
         **({} if p.strip is None else _strip_specs(p.strip, block)),
-        **dict.fromkeys(("sinks", "seed", "in_order"), scalars),
+        **dict.fromkeys(("sinks", "seed", "order"), scalars),
         **{f"captured{i}": scalars for i in range(len(p.captured))},
     }
 

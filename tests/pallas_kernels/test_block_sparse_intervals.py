@@ -49,21 +49,33 @@ OUT_OF_ORDER = {
     "one that comes twice": (np.repeat([0, 1, 0], [100, 100, 107]), np.repeat([0, 1, 0], [150, 150, 151])),
     "one that begins and ends": (np.repeat([0, 1, 2, 0], [99, 9, 99, 100]), np.repeat([0, 1, 2, 0], [99, 9, 99, 244])),
     "random": (np.arange(T) * 7919 % 5, np.arange(S) * 7919 % 5),
+    "as far apart as places go": tuple(np.arange(n) * 7919 % 2 * (2**31 // S - 1) - 3 for n in (T, S)),
 }
+WIDE = {
+    "a step further apart": tuple(np.arange(n) * 7919 % 2 * (2**31 // S) - 3 for n in (T, S)),
+    "random and all over": tuple(np.arange(n) * 7919 % 5 * 2**29 - 2**30 for n in (T, S)),
+    "as far apart as integers": tuple(np.where(np.arange(n) % 3, 2**31 - 1, -(2**31)) for n in (T, S)),
+}
+ORDERS = [(SEGMENTS, intervals.IN_ORDER), (OUT_OF_ORDER, intervals.APART), (WIDE, intervals.WIDE)]
 
 
-@pytest.mark.parametrize("name", [*SEGMENTS, *OUT_OF_ORDER])
-def test_intervals_of_segments(name):
+@pytest.mark.parametrize(
+    ("ids", "order"),
+    [pytest.param(ids, order, id=name) for found, order in ORDERS for name, ids in found.items()],
+)
+def test_intervals_of_segments(ids, order):
     """In every row of a batch on its own: another row's order changes nothing."""
-    q_ids, kv_ids = (np.stack([x, np.zeros_like(x)]).astype(np.int32) for x in (SEGMENTS | OUT_OF_ORDER)[name])
+    q_ids, kv_ids = (np.stack([x, np.zeros_like(x)]).astype(np.int32) for x in ids)
     rule = (Causal(90) & SlidingWindow(200, 90)).interval
     found, sides = intervals.find(rule, jnp.asarray(q_ids), jnp.asarray(kv_ids), q_len=T, kv_len=S, block_kv=128)
     assert sides == 2
-    np.testing.assert_array_equal(found.in_order, [name in SEGMENTS, 1])
+    np.testing.assert_array_equal(found.order, [order, intervals.IN_ORDER])
     for row in range(2):
-        low, high = found.ends[row]
-        seen = (low[:, None] <= np.arange(S)) & (np.arange(S) < high[:, None])
-        ids = (q_ids[row], kv_ids[row]) if found.in_order[row] else (np.zeros(T), np.zeros(S))
+        low, high = np.int64(found.ends[row]) + found.q_origins[row]
+        places = np.asarray(found.kv_places[row, 0])
+        seen = (low[:, None] <= places) & (places < high[:, None])
+        compared = found.order[row] == intervals.WIDE  # then the intervals are of the rule alone
+        ids = (np.zeros(T), np.zeros(S)) if compared else (q_ids[row], kv_ids[row])
         np.testing.assert_array_equal(seen, brute_force(rule, *ids))
         assert 0 <= np.min(found.ends) <= np.max(found.ends) <= S
 
@@ -81,28 +93,29 @@ def test_sides():
     assert sides(Causal(200))[1] == sides(Causal(200), S)[1] == sides(SlidingWindow(20, 512))[1] == 1
     assert sides(SlidingWindow(20, 300))[1] == sides(Chunked(50))[1] == sides(SlidingWindow(20, 512), S)[1] == 2
     assert sides(Causal() | Stride(4)) is None
-    assert sides(Causal())[0].in_order is None
+    assert sides(Causal())[0].order is None
 
 
-# Batch rows with segments of their own, in order and not.
-NAMES = "rising", "of one token each", "padding that is not on the other side", "one that comes twice"
-IDS = tuple(jnp.asarray(np.stack([(SEGMENTS | OUT_OF_ORDER)[name][side] for name in NAMES])) for side in (0, 1))
+# Batch rows with segments of their own: in order, apart, and such as are compared.
+NAMES = "rising", "of one token each", "padding that is not on the other side"
+NAMES += "one that comes twice", "as far apart as places go", "random and all over"
+IDS = tuple(np.stack([(SEGMENTS | OUT_OF_ORDER | WIDE)[name][side] for name in NAMES]) for side in (0, 1))
 
 
 @pytest.mark.parametrize(
     ("mask", "cut", "more"),
     [
         (Causal(90) & SlidingWindow(200, 90), CUT, {}),
-        (Causal(90) & SlidingWindow(20, 90), TWO_WALKS, {"sinks": (2,), "kv_bias": (4, 1, S)}),
+        (Causal(90) & SlidingWindow(20, 90), TWO_WALKS, {"sinks": (2,), "kv_bias": (len(NAMES), 1, S)}),
         (Causal(90) & SlidingWindow(20, 90), ONE_STRIP, {}),
         (Full(), ONE_STRIP, {}),
     ],
     ids=["wide window", "narrow window, two walks", "narrow window, one strip", "segments alone"],
 )
 def test_segments(mask, cut, more):
-    arguments, cotangents = operands(4, T, S, 2, 1, 16, 16, **more)
+    arguments, cotangents = operands(len(NAMES), T, S, 2, 1, 16, 16, **more)
     kinds = np.minimum(of_mask(mask, T, S), 1)
-    compare(arguments, cotangents, mask, kinds, cut=cut, segments=IDS)
+    compare(arguments, cotangents, mask, kinds, cut=cut, segments=tuple(jnp.asarray(ids, jnp.int32) for ids in IDS))
 
 
 @pytest.mark.parametrize(
