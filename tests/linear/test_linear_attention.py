@@ -85,16 +85,21 @@ def dense(
     return out, LinearState(S_end[:, ::groups], z_end[:, ::groups] if normalize else None)
 
 
-def value_and_gradients(op, *args):
-    """Outputs of `op` and the gradients of every array in `args`, for one random cotangent, the same in any dtype."""
+def differentiated(op):
+    """Outputs of `op` and the gradients of every argument, for one random cotangent, the same in any dtype."""
 
-    def both(args):
+    @quick_jit
+    def both(*args):
         out, vjp = jax.vjp(op, *args)
         rng = np.random.default_rng(3)
         cotangent = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(jnp.bfloat16).astype(x.dtype), out)
         return out, vjp(cotangent)
 
-    return run(both, args)
+    return both
+
+
+def value_and_gradients(op, *args):
+    return differentiated(op)(*args)
 
 
 def assert_close(got, want, tolerance: float) -> None:
@@ -109,45 +114,42 @@ def assert_close(got, want, tolerance: float) -> None:
 
 
 NORMALIZED = {"normalize": True, "eps": 0.1, "scale": 0.7}
-CASES = [
-    ("xla", 1, 8, "channel", {}),
-    ("xla", 1, 8, "constant", NORMALIZED),
-    ("xla", 17, 8, "token", NORMALIZED | {"eps_mode": "z"}),
-    ("xla", 37, 16, "none", {"scale": 0.3}),
-    ("xla", 37, 8, "constant", {}),
-    ("xla", 67, None, "token", {}),
-    ("xla", 67, 16, "channel", NORMALIZED),
-    ("xla", 149, 8, "constant", NORMALIZED | {"eps_mode": "z"}),  # more than one block of chunks
-    ("xla", 149, 8, "channel", {}),
-    ("reference", 17, None, "none", NORMALIZED),
-    ("reference", 17, None, "constant", {}),
-    ("reference", 17, None, "token", {"scale": 0.3}),
-    ("reference", 17, None, "channel", NORMALIZED | {"eps_mode": "z"}),
-]
+CASES = {
+    "one-channel": (("xla",), 1, 8, "channel", {}),
+    "one-constant": (("xla",), 1, 8, "constant", NORMALIZED),
+    "token-by-z": (("xla", "reference"), 17, 8, "token", NORMALIZED | {"eps_mode": "z"}),
+    "none": (("xla", "reference"), 37, 16, "none", {"scale": 0.3}),
+    "constant": (("xla", "reference"), 37, 8, "constant", {}),
+    "token": (("xla",), 67, None, "token", {}),
+    "channel": (("xla", "reference"), 67, 16, "channel", NORMALIZED),
+    "blocks-constant": (("xla",), 149, 8, "constant", NORMALIZED | {"eps_mode": "z"}),  # more than one block of chunks
+    "blocks-channel": (("xla",), 149, 8, "channel", {}),
+}
 
 
-@pytest.mark.parametrize(("implementation", "length", "chunk", "form", "options"), CASES)
-def test_agrees_with_the_dense_formula(implementation, length, chunk, form, options):
+@pytest.mark.parametrize(("implementations", "length", "chunk", "form", "options"), CASES.values(), ids=CASES)
+def test_agrees_with_the_dense_formula(implementations, length, chunk, form, options):
     with jax.enable_x64(True):
         state = make_state(options.get("normalize", False), np.float64)
         args = [x for x in make(length, form, np.float64) if x is not None]
-        op = functools.partial(
-            linear_attention, **options, return_state=True, chunk_size=chunk, implementation=implementation
-        )
-        got = value_and_gradients(lambda state, *args: op(*args, initial_state=state), state, *args)
         want = value_and_gradients(lambda state, *args: dense(*args, state=state, **options), state, *args)
-        assert_close(got, want, 1e-12)
+        for name in implementations:
+            op = functools.partial(
+                linear_attention, **options, return_state=True, chunk_size=chunk, implementation=name
+            )
+            got = value_and_gradients(lambda state, *args, op=op: op(*args, initial_state=state), state, *args)
+            assert_close(got, want, 1e-12)
 
 
-@pytest.mark.parametrize(("implementation", "form"), [*(("xla", form) for form in FORMS), ("reference", "token")])
-def test_bidirectional_agrees_with_the_dense_formula(form, implementation):
+@pytest.mark.parametrize("form", FORMS)
+def test_bidirectional_agrees_with_the_dense_formula(form):
     with jax.enable_x64(True):
         args = [x for x in make(17, form, np.float64, key_length=23 if form == "none" else None) if x is not None]
         options = {"is_causal": False} | (NORMALIZED if form != "token" else {"scale": 0.4})
-        op = functools.partial(linear_attention, **options, chunk_size=8, implementation=implementation)
-        got = value_and_gradients(op, *args)
         want = value_and_gradients(lambda *args: dense(*args, **options)[0], *args)
-        assert_close(got, want, 1e-12)
+        for name in ("xla", "reference")[: 2 if form == "token" else 1]:
+            op = functools.partial(linear_attention, **options, chunk_size=8, implementation=name)
+            assert_close(value_and_gradients(op, *args), want, 1e-12)
 
 
 SEGMENTS = np.array([[0] * 5 + [2] * 11 + [3] * 1 + [4] * 20, [1] * 16 + [2] * 16 + [6] * 5])
@@ -182,7 +184,7 @@ def test_segments_equal_separate_runs(implementation):
             linear_attention, normalize=True, return_state=True, chunk_size=8, implementation=implementation
         )
     )
-    out, end = op(query, key, value, log_decay, segment_ids=segment_ids, initial_state=state)
+    out, end = jax.tree.map(np.asarray, op(query, key, value, log_decay, segment_ids=segment_ids, initial_state=state))
     for row in range(B):
         one = lambda x, row=row: x[row : row + 1]  # noqa: E731
         for number in np.unique(segment_ids[row]):
@@ -195,7 +197,8 @@ def test_segments_equal_separate_runs(implementation):
 
 @pytest.mark.parametrize(("implementation", "form"), [*(("xla", form) for form in FORMS), ("reference", "channel")])
 def test_any_split_gives_what_the_whole_gives(implementation, form):
-    query, key, value, log_decay = make(37, form)
+    """Halves of equal length, which end within a chunk: one program for both."""
+    query, key, value, log_decay = make(26, form)
     op = quick_jit(
         functools.partial(
             linear_attention, normalize=True, return_state=True, chunk_size=8, implementation=implementation
@@ -205,7 +208,7 @@ def test_any_split_gives_what_the_whole_gives(implementation, form):
     whole = op(query, key, value, log_decay, initial_state=make_state(True))
     first, state = op(*part(slice(0, 13)), initial_state=make_state(True))
     second, state = op(*part(slice(13, None)), initial_state=state)
-    assert_close((jnp.concatenate([first, second], axis=1), state), whole, 1e-6)
+    assert_close((np.concatenate([first, second], axis=1), state), whole, 1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -239,9 +242,9 @@ def test_steps_equal_the_whole(form, options):
         out, state = linear_attention_step(query, key, value, state, gate[0] if gate else log_decay, **options)
         return state, out
 
-    tokens = [jnp.moveaxis(x, 1, 0) for x in (query, key, value, *([log_decay] if per_token else []))]
-    state, out = run(functools.partial(jax.lax.scan, step), jax.tree.map(jnp.asarray, state), tokens)
-    assert_close((jnp.moveaxis(out, 0, 1), state), whole, 1e-6)
+    tokens = [np.moveaxis(x, 1, 0) for x in (query, key, value, *([log_decay] if per_token else []))]
+    state, out = run(functools.partial(jax.lax.scan, step), state, tokens)
+    assert_close((np.moveaxis(out, 0, 1), state), whole, 1e-6)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -258,7 +261,7 @@ def test_a_padded_token_is_as_if_it_were_not_there(form, is_causal):
     if is_causal:
         (got, state), (want, want_state) = got, want
         assert_close(state, want_state, 1e-6)
-    assert_close(got[:, real], want, 1e-6)
+    assert_close(np.asarray(got)[:, real], want, 1e-6)
 
 
 @pytest.mark.parametrize("form", ["constant", "token", "channel"])
@@ -279,8 +282,8 @@ def test_strong_gates_stay_exact_in_float32(form):
 def test_a_gate_of_minus_infinity_counts_as_minus_ten_thousand():
     query, key, value, log_decay = make(11, "channel")
     log_decay[:, 5:9] = -np.inf
-    got = value_and_gradients(linear_attention, query, key, value, log_decay)
-    assert_close(got, value_and_gradients(linear_attention, query, key, value, np.maximum(log_decay, -1e4)), 0)
+    both = differentiated(linear_attention)
+    assert_close(both(query, key, value, log_decay), both(query, key, value, np.maximum(log_decay, -1e4)), 0)
 
 
 @pytest.mark.parametrize("form", ["constant", "token", "channel"])
@@ -293,13 +296,14 @@ def test_bfloat16_operands(form):
     assert out[1].S.dtype == jnp.float32
     with jax.enable_x64(True):
         exact = [np.asarray(x, np.float64) for x in (*half, args[3])]
+        if form == "constant":
+            exact[3] = np.broadcast_to(exact[3], (B, 149, K))
         want, want_gradients = value_and_gradients(dense, *exact)
         assert_close(out, want, 3e-3)
         assert_close(gradients[:3], want_gradients[:3], 5e-3)
         if form == "constant":  # a sum over all tokens of terms that largely cancel
-            exact[3] = np.broadcast_to(exact[3], (B, 149, K))
-            terms = value_and_gradients(dense, *exact)[1][3]
-            error = np.abs(np.asarray(gradients[3], np.float64) - want_gradients[3])
+            terms = np.asarray(want_gradients[3])
+            error = np.abs(np.asarray(gradients[3], np.float64) - terms.sum(axis=(0, 1)))
             assert (error <= 3e-3 * np.abs(terms).sum(axis=(0, 1))).all()
         else:
             assert_close(gradients[3], want_gradients[3], 5e-3)
@@ -334,7 +338,7 @@ def test_scale_zero_is_zero_and_none_is_one():
 def test_chunk_size_changes_nothing(form):
     args = make(37, form)
     want = run(functools.partial(linear_attention, implementation="reference"), *args)
-    for chunk in (1, 32, 256):
+    for chunk in (1, 256):
         assert_close(run(functools.partial(linear_attention, chunk_size=chunk), *args), want, 1e-6)
 
 
@@ -343,19 +347,18 @@ def test_transformations():
     every = (0, 1, 2, 3)
     op = functools.partial(linear_attention, normalize=True, chunk_size=2)
     loss = lambda *args: jnp.sum(jnp.sin(op(*args)))  # noqa: E731
-    want, gradient = run(op, *args), run(jax.grad(loss, every), *args)
     tangents = tuple(np.random.default_rng(2).standard_normal(x.shape).astype(x.dtype) for x in args)
+    want = op(*args)
+    gradient, forward_of_reverse = run(lambda *args: jax.jvp(jax.grad(loss, every), args, tangents), *args)
+    along = lambda *args: jax.jvp(loss, args, tangents)[1]  # noqa: E731
+    derivative, reverse_of_forward = run(jax.value_and_grad(along, every), *args)
 
-    assert_close(op(*args), want, 1e-6)
     batched = run(jax.vmap(op), *(np.stack([x, x[::-1]]) for x in args))
     assert_close(batched[0], want, 1e-6)
     assert_close(run(jax.grad(jax.checkpoint(loss), every), *args), gradient, 1e-6)
     _, scanned = run(lambda *args: jax.lax.scan(lambda _, args: (0, op(*args)), 0, args), *(x[None] for x in args))
     assert_close(scanned[0], want, 1e-6)
-    _, derivative = run(functools.partial(jax.jvp, loss), args, tangents)
     assert_close(derivative, sum(np.vdot(g, t) for g, t in zip(gradient, tangents, strict=True)), 1e-5)
-    forward_of_reverse = run(lambda *args: jax.jvp(jax.grad(loss), args, tangents)[1], *args)
-    reverse_of_forward = run(jax.grad(lambda *args: jax.jvp(loss, args, tangents)[1]), *args)
     assert_close(forward_of_reverse, reverse_of_forward, 1e-5)
 
 
@@ -388,7 +391,7 @@ def test_on_an_explicit_mesh_batch_and_heads_stay_sharded():
 def test_memory_is_linear_in_the_length(form):
     def compiled(length):
         shapes = make(length, form)
-        loss = lambda *args: jnp.sum(jnp.sin(linear_attention(*args)))  # noqa: E731
+        loss = lambda *args: jnp.sum(jnp.sin(linear_attention(*args, implementation="xla")))  # noqa: E731
         return quick_jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*shapes).compile()
 
     programs = {length: compiled(length) for length in (4096, 8192)}

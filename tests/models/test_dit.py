@@ -237,7 +237,7 @@ def toy(key, count):
 
 STEPS, RATE = 100, 1e-2
 TOY = DiTConfig(
-    channels=1, patch=2, text_width=3, spatial=2, subjects=0, width=32, num_layers=2, num_heads=2, mlp_width=64,
+    channels=1, patch=2, text_width=3, spatial=2, subjects=0, width=32, num_layers=1, num_heads=2, mlp_width=64,
     lora_rank=4, combine="joint",
 )  # fmt: skip
 

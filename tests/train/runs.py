@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import jax
 import numpy as np
@@ -17,14 +19,22 @@ import numpy as np
 from train.checkpoint import HEADER, Checkpoints
 
 ROOT = Path(__file__).parent.parent.parent
+PROGRAMS = tempfile.TemporaryDirectory(prefix="jattn-programs-")
+"""Where runs leave what they compiled for the next ones."""
+TEXT = tempfile.TemporaryDirectory(prefix="jattn-text-")
+"""A fifteenth of what the recipe reads: every validation scores a part of it."""
+for topic in sorted(topics)[:8]:
+    Path(TEXT.name, f"{topic}.txt").write_text(topics[topic])
+WHOLE = tempfile.TemporaryDirectory(prefix="jattn-whole-")
+"""Where `whole_run` is."""
 TINY = (
+    f"--data.source {TEXT.name} --optimizer.name adamw --sample.prompts "
     "--model.width 16 --model.num-layers 2 --model.num-heads 2 --model.mlp-width 24 "
     "--model.mixer-options.sliding-window.window 8 --data.context 32 --data.batch 8 --sample.tokens 12 "
     "--log-every 5 --save-every-seconds 0"
 )
+"""Without what takes long to compile and is tried once, in `test_run.py`: Muon, and sampling."""
 STEPS = "--schedule.seconds None --schedule.steps 32 --eval-every 15"
-PROGRAMS = tempfile.TemporaryDirectory(prefix="jattn-programs-")
-"""Where runs leave what they compiled for the next ones."""
 
 
 def command(*words: str) -> list[str]:
@@ -54,6 +64,13 @@ def finish(*words: str, **options) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
+
+
+@functools.cache
+def whole_run() -> Path:
+    """A run of 32 steps on one device that nothing interrupted, for all to read and none to change."""
+    finish("run pydoc_lm", TINY, STEPS, f"--workdir {WHOLE.name}/run")
+    return Path(WHOLE.name, "run")
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 200.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,18 @@ MODEL = LMConfig(
 CONFIG = RunConfig(
     model=MODEL, schedule=ScheduleConfig(steps=10), data=DataConfig(context=32, batch=8), precision="float32"
 )
+ADAMW = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name="adamw"))
+# What leaves the step as it is shares a program, of which each test looks at its own.
+PARTS = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(MODEL, remat="dots"),
+    data=dataclasses.replace(CONFIG.data, accumulate=4),
+    optimizer=OptimizerConfig(ema=0.15),
+)
+PARTS_ON_A_MESH = dataclasses.replace(
+    CONFIG, model=dataclasses.replace(MODEL, remat="full"), data=dataclasses.replace(CONFIG.data, accumulate=2)
+)
+ALONE, ALL_SPLIT = MeshConfig(), MeshConfig(fsdp=2, tensor=2, context=2)
 
 
 def shapes(model):
@@ -127,8 +140,12 @@ def test_models_that_cannot_be_built(options, message):
         make_program(dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **options)), make_mesh(MeshConfig()))
 
 
-def run(config, mesh, devices, steps=3, factor=1.0, batches=None):
-    program = make_program(config, make_mesh(mesh, jax.devices()[:devices]))
+@functools.cache
+def compiled(config, mesh, devices):
+    return make_program(config, make_mesh(mesh, jax.devices()[:devices]))
+
+
+def train(program, steps=3, factor=1.0, batches=None):
     state, losses = program.init(0), []
     for index in range(steps):
         given = batch(index) if batches is None else batches[index]
@@ -137,9 +154,13 @@ def run(config, mesh, devices, steps=3, factor=1.0, batches=None):
     return state, losses, metrics
 
 
+def run(config, mesh, devices, **options):
+    return train(compiled(config, mesh, devices), **options)
+
+
 @pytest.fixture(scope="module")
 def alone():
-    return run(CONFIG, MeshConfig(), 1)
+    return run(CONFIG, ALONE, 1)
 
 
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2}, {"tensor": 2, "context": 2}], ids=str)
@@ -156,7 +177,8 @@ def test_a_mesh_changes_where_and_not_what(mesh, alone):
 
 
 def test_the_same_mesh_gives_the_same_bits(alone):
-    again = run(CONFIG, MeshConfig(), 1)
+    """As after a restart: compiled again."""
+    again = train(make_program(CONFIG, make_mesh(ALONE, jax.devices()[:1])))
     assert again[1] == alone[1]
     for one, two in zip(jax.tree.leaves(again[0]), jax.tree.leaves(alone[0]), strict=True):
         np.testing.assert_array_equal(one, two)
@@ -175,29 +197,26 @@ def test_moments_live_where_their_parameters_do():
 def test_an_update_that_is_not_finite_is_skipped(alone):
     bad = batch(0)
     bad["weights"] = bad["weights"] * np.nan
-    state, losses, metrics = run(CONFIG, MeshConfig(), 1, batches=[batch(0), bad, batch(1)])
+    state, losses, metrics = run(CONFIG, ALONE, 1, batches=[batch(0), bad, batch(1)])
     assert np.isnan(losses[1])
     assert int(metrics["skipped"]) == int(state.skipped) == 1
     assert int(state.step) == 3
     # The step after it starts from the parameters and moments of before it.
-    expected, _, _ = run(CONFIG, MeshConfig(), 1, steps=2)
+    expected, _, _ = run(CONFIG, ALONE, 1, steps=2)
     for one, two in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(expected.parameters), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 def test_a_factor_of_zero_changes_no_parameter():
-    state, _, _ = run(CONFIG, MeshConfig(), 1, steps=1, factor=0.0)
-    program = make_program(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
-    for one, two in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(program.init(0).parameters), strict=True):
+    state, _, _ = run(CONFIG, ALONE, 1, steps=1, factor=0.0)
+    begun = compiled(CONFIG, ALONE, 1).init(0)
+    for one, two in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(begun.parameters), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_it_learns(name):
-    config = dataclasses.replace(
-        CONFIG, optimizer=OptimizerConfig(name=name, learning_rate=0.02, matrix_learning_rate=0.05)
-    )
-    _, losses, _ = run(config, MeshConfig(), 1, steps=25, batches=[batch(0)] * 25)
+@pytest.mark.parametrize("config", [CONFIG, ADAMW], ids=lambda config: config.optimizer.name)
+def test_it_learns(config):
+    _, losses, _ = run(config, ALONE, 1, steps=25, factor=2.0, batches=[batch(0)] * 25)
     assert losses[0] == pytest.approx(np.log(256), rel=0.05)
     assert losses[-1] < 0.5 * losses[0]
 
@@ -210,22 +229,25 @@ def test_muon_takes_the_matrices_of_the_layers_and_nothing_else():
     assert kernels
 
 
-def test_bfloat16_computes_narrow_and_keeps_wide():
+def test_bfloat16_computes_narrow_and_keeps_wide(alone):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="bfloat16"))
-    state, losses, _ = run(config, MeshConfig(), 1)
+    state, losses, _ = run(config, ALONE, 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.parameters)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(losses, run(CONFIG, MeshConfig(), 1)[1], rtol=0.02)
+    np.testing.assert_allclose(losses, alone[1], rtol=0.02)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}])
-def test_accumulation_takes_the_gradient_of_the_whole_batch(mesh):
+PARTED = pytest.mark.parametrize(
+    "settings", [(PARTS, ALONE, 1), (PARTS_ON_A_MESH, ALL_SPLIT, 8)], ids=["one device", "mesh"]
+)
+
+
+@PARTED
+def test_accumulation_takes_the_gradient_of_the_whole_batch(settings):
     """Parts of different weight too: the mean is over tokens, not over parts."""
     uneven = batch(0)
     uneven["weights"][::3] = 0
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, accumulate=4 if mesh == {} else 2))
-    devices = 1 if mesh == {} else 8
-    state, losses, metrics = run(config, MeshConfig(**mesh), devices, steps=2, batches=[uneven, batch(1)])
-    expected, wanted, norms = run(CONFIG, MeshConfig(), 1, steps=2, batches=[uneven, batch(1)])
+    state, losses, metrics = run(*settings, steps=2, batches=[uneven, batch(1)])
+    expected, wanted, norms = run(CONFIG, ALONE, 1, steps=2, batches=[uneven, batch(1)])
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], norms["grad_norm"], rtol=1e-4)
     for path, leaf in names(state.parameters).items():
@@ -233,21 +255,19 @@ def test_accumulation_takes_the_gradient_of_the_whole_batch(mesh):
 
 
 def test_the_average_follows_its_formula():
-    config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(ema=0.15))
-    states = [run(config, MeshConfig(), 1, steps=steps)[0] for steps in (1, 2, 3)]
-    program = make_program(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-    mean = program.init(config.seed).parameters
+    states = [run(PARTS, ALONE, 1, steps=steps)[0] for steps in (1, 2, 3)]
+    mean = compiled(PARTS, ALONE, 1).init(0).parameters
     for count, state in enumerate(states):
         d = min(0.15, (1 + count) / (10 + count))
         mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * x, mean, state.parameters)
         for path, leaf in names(state.average).items():
             np.testing.assert_allclose(leaf, names(mean)[path], rtol=1e-5, atol=1e-6, err_msg=path)
     assert names(states[-1].weights).keys() == names(states[-1].parameters).keys()
-    assert run(CONFIG, MeshConfig(), 1, steps=1)[0].average is None
+    assert compiled(CONFIG, ALONE, 1).state_shape.average is None
 
 
 def test_the_state_is_donated():
-    program = make_program(CONFIG, make_mesh(MeshConfig(fsdp=2, tensor=2, context=2)))
+    program = compiled(CONFIG, MeshConfig(fsdp=4, tensor=2), 8)
     state = program.init(0)
     leaves = jax.tree.leaves(state)
     program.step(state, place(batch(), program), np.float32(1), program.request(0))
@@ -259,31 +279,47 @@ def test_the_state_is_donated():
 
 
 def test_requests_of_all_processes_become_one():
-    program = make_program(CONFIG, make_mesh(MeshConfig(fsdp=2, tensor=2, context=2)))
+    program = compiled(CONFIG, MeshConfig(tensor=2, context=2), 8)
     _, metrics = program.step(program.init(0), place(batch(), program), np.float32(1), program.request(2))
     assert int(metrics["request"]) == 2
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_memory_and_not_the_step(remat, alone):
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, remat=remat))
-    _, losses, _ = run(config, MeshConfig(fsdp=2, tensor=2, context=2), 8)
+@PARTED
+def test_rematerialisation_changes_memory_and_not_the_step(settings, alone):
+    _, losses, _ = run(*settings)
     np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
 
 
-# The minute that each takes is spent once for mixers that are split by the same code: `tests/test_sharding.py` has all.
+# Mixers that are split by the same code train once on a split sequence: `tests/test_sharding.py` has all. Those of a
+# group are the layers of one model.
 SPLIT_ALIKE = {"retnet": "lightning", "linear_transformer": "linear", "normalized_attention": "linear"}
 SPLIT_ALIKE |= {"delta_rule": "kda", "gated_delta_rule": "kda", "simple_gla": "mamba2", "hgrn2": "linear"}
-SPLIT = [entry for entry in CATALOG if entry.layer and entry.name not in SPLIT_ALIKE]
+SPLIT = {
+    "states": ("lightning", "linear", "mamba2", "kda", "hedgehog"),
+    "scores": ("softmax", "sliding_window", "block_sparse", "neighborhood_1d", "kronecker"),
+}
 
 
-@pytest.mark.parametrize("entry", SPLIT, ids=lambda entry: entry.name)
-def test_every_mixer_trains_with_a_split_sequence(entry):
-    """On a mesh with a context axis the mixers run in pieces, by ring, halo or scan; the step stays the same."""
-    model = dataclasses.replace(MODEL, pattern=(entry.name,), mixer_options={})
-    config = dataclasses.replace(CONFIG, model=model)
-    expected, wanted, _ = run(config, MeshConfig(), 1)
-    state, losses, _ = run(config, MeshConfig(fsdp=2, tensor=2, context=2), 8)
+def test_every_mixer_is_in_a_model_with_a_split_sequence():
+    grouped = [name for names in SPLIT.values() for name in names]
+    assert sorted([*grouped, *SPLIT_ALIKE]) == sorted(entry.name for entry in CATALOG if entry.layer)
+    assert set(SPLIT_ALIKE.values()) <= set(grouped)
+
+
+@pytest.mark.parametrize("pattern", SPLIT.values(), ids=SPLIT)
+def test_every_mixer_trains_with_a_split_sequence(pattern):
+    """On a mesh with a context axis the mixers run in pieces, by ring, halo or scan; the step stays the same.
+
+    Adam's moments are sums of gradients, in which an error keeps its size.
+    """
+    model = dataclasses.replace(MODEL, pattern=pattern, num_layers=len(pattern), mlp="none", mixer_options={})
+    config = dataclasses.replace(ADAMW, model=model)
+    expected, wanted, _ = run(config, ALONE, 1)
+    state, losses, _ = run(config, ALL_SPLIT, 8)
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    moments = names(expected.optimizer)
+    for path, leaf in names(state.optimizer).items():
+        atol = 1e-4 * np.abs(moments[path]).max()
+        np.testing.assert_allclose(leaf, moments[path], atol=atol, err_msg=f"{pattern}: {path}")
     for path, leaf in names(state.parameters).items():
-        np.testing.assert_allclose(leaf, names(expected.parameters)[path], atol=2e-4, err_msg=path)
+        np.testing.assert_allclose(leaf, names(expected.parameters)[path], atol=2e-4, err_msg=f"{pattern}: {path}")
