@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -25,15 +24,13 @@ TEXT = tempfile.TemporaryDirectory(prefix="jattn-text-")
 """A fifteenth of what the recipe reads: every validation scores a part of it."""
 for topic in sorted(topics)[:8]:
     Path(TEXT.name, f"{topic}.txt").write_text(topics[topic])
-WHOLE = tempfile.TemporaryDirectory(prefix="jattn-whole-")
-"""Where `whole_run` is."""
 TINY = (
     f"--data.source {TEXT.name} --optimizer.name adamw --sample.prompts "
     "--model.width 16 --model.num-layers 2 --model.num-heads 2 --model.mlp-width 24 "
     "--model.mixer-options.sliding-window.window 8 --data.context 32 --data.batch 8 --sample.tokens 12 "
     "--log-every 5 --save-every-seconds 0"
 )
-"""Without what takes long to compile and is tried once, in `test_run.py`: Muon, and sampling."""
+"""Without what takes long to compile: Muon, which few files ask for, and sampling, for `test_run.py`."""
 STEPS = "--schedule.seconds None --schedule.steps 32 --eval-every 15"
 
 
@@ -64,13 +61,6 @@ def finish(*words: str, **options) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
-
-
-@functools.cache
-def whole_run() -> Path:
-    """A run of 32 steps on one device that nothing interrupted, for all to read and none to change."""
-    finish("run pydoc_lm", TINY, STEPS, f"--workdir {WHOLE.name}/run")
-    return Path(WHOLE.name, "run")
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 200.0) -> None:

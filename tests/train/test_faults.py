@@ -34,7 +34,6 @@ from tests.train.runs import (
     sealed,
     start,
     wait_for,
-    whole_run,
 )
 from train import loop, trainer
 from train.__main__ import main
@@ -45,8 +44,11 @@ from train.evaluate import place
 
 
 @pytest.fixture(scope="module")
-def whole() -> Path:
-    return whole_run()
+def whole(tmp_path_factory) -> Path:
+    """A run of 32 steps that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    finish("run pydoc_lm", TINY, STEPS, f"--workdir {workdir}")
+    return workdir
 
 
 def tiny(*words: str):

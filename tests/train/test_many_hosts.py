@@ -29,7 +29,7 @@ from train.errors import UserError
 
 STEPS = (
     "--schedule.seconds None --schedule.steps 24 --eval-every 10 --log-every 1 --save-every-seconds 1 "
-    "--mesh.fsdp 2 --mesh.tensor 2"
+    "--mesh.fsdp 2 --mesh.tensor 2 --optimizer.name muon"
 )
 
 
