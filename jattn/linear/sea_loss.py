@@ -55,6 +55,13 @@ def sea_distillation_loss(
     Raises:
       TypeError, ValueError: as `sea_attention`.
     """
+    checks.bind_shapes(
+        ("query", query, "B T N H"),
+        ("value", value, "B T K V"),
+        ("teacher_logits", teacher_logits, "B N T T"),
+        ("teacher_output", teacher_output, "B T N V"),
+    )
+    checks.check_floating(teacher_logits=teacher_logits, teacher_output=teacher_output)
     out, made = sea_attention(
         query,
         key,
@@ -67,10 +74,6 @@ def sea_distillation_loss(
         return_intermediates=True,
         **options,
     )
-    sizes = {"B": query.shape[0], "T": query.shape[1], "N": query.shape[2], "V": value.shape[-1]}
-    teacher = (("teacher_logits", teacher_logits, "B N T T"), ("teacher_output", teacher_output, "B T N V"))
-    checks.bind_shapes(*teacher, **sizes)
-    checks.check_floating(teacher_logits=teacher_logits, teacher_output=teacher_output)
     accumulator = checks.accumulator_dtype(query.dtype)
     teacher_logits, teacher_output = (
         jax.lax.stop_gradient(jnp.asarray(x, accumulator)) for x in (teacher_logits, teacher_output)

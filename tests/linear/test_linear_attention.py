@@ -279,9 +279,10 @@ def test_strong_gates_stay_exact_in_float32(form):
         assert_close(got, value_and_gradients(dense, *exact), 1e-6)
 
 
-def test_a_gate_of_minus_infinity_counts_as_minus_ten_thousand():
-    query, key, value, log_decay = make(11, "channel")
-    log_decay[:, 5:9] = -np.inf
+@pytest.mark.parametrize("form", ["constant", "token", "channel"])
+def test_a_gate_of_minus_infinity_counts_as_minus_ten_thousand(form):
+    query, key, value, log_decay = make(11, form)
+    log_decay[1 if form == "constant" else np.s_[:, 5:9]] = -np.inf
     both = differentiated(linear_attention)
     assert_close(both(query, key, value, log_decay), both(query, key, value, np.maximum(log_decay, -1e4)), 0)
 
