@@ -143,20 +143,28 @@ _AXES = {"key": 0, "value": 0, "kv_bias": 1, "kv_segments": 1, "kv_places": 1, "
 
 
 def scratch(p: Problem) -> dict[str, Any]:
-    if not p.sides:
-        return {}
-    return {
-        "bounds": pltpu.VMEM((3, p.tiling.block_q, LANES), jnp.int32),
-        "reach": pltpu.SMEM((4,), jnp.int32),
-    }
+    size, found = p.tiling.block_q, dict[str, Any]()
+    if p.turned:
+        found["counts"] = pltpu.VMEM((2, p.tiling.forward.kv, LANES), jnp.int32)
+    if p.sides:
+        found["bounds"] = pltpu.VMEM((3, 1, size) if p.turned else (3, size, LANES), jnp.int32)
+        found["reach"] = pltpu.SMEM((4,), jnp.int32)
+    return found
 
 
-def begin_queries(refs: Refs) -> None:
-    """The intervals of a block as columns, and how far they reach."""
+def begin_head(refs: Refs) -> None:
+    """The numbers of the keys of a turned tile, and their complements: to load them is free, to make them is not."""
+    if refs.counts is not None:
+        refs.counts[0] = walk.iota(refs.counts.shape[1:], 0)
+        refs.counts[1] = ~refs.counts[0]
+
+
+def begin_queries(p: Problem, refs: Refs) -> None:
+    """The intervals of a block, and how far they reach."""
     low, high = refs.ends[:1], refs.ends[1:]
     first = low if refs.q_origins is None else low + refs.q_origins[...]
     for i, x in ((_HIGH, high), (_LOW, -first), (_SPAN, jnp.maximum(high - low, 0))):
-        refs.bounds[i] = walk.upright(x)
+        refs.bounds[i] = x if p.turned else walk.upright(x)
     for i, x in enumerate((jnp.min(low), jnp.max(low), jnp.min(high), jnp.max(high))):
         refs.reach[i] = x
 
@@ -181,6 +189,19 @@ def allowed(
         jax.lax.bitcast_convert_type(x, jnp.uint32) for x in (after, walk.wide(refs.bounds[_SPAN, rows], width))
     )
     return after < span
+
+
+def allowed_turned(p: Problem, refs: Refs, step: Step, rows: slice, columns: slice) -> jax.Array | None:
+    """The same of turned tiles, of which one side is open or none: what is added to keys is taken from rows."""
+    start = step.kv_start + columns.start
+    low, bound = jnp.bool_(False), p.kv_len - start
+    if p.sides:
+        low = (start < refs.reach[1]) & (step.kind != EDGE)
+        found = refs.bounds[jnp.where(low, _LOW, _HIGH), :, rows] + jnp.where(low, start, -start)
+        bound = jnp.where(step.kind == EDGE, bound, found)
+    elif not p.ragged_kv:
+        return None
+    return walk.wide(refs.counts[low.astype(jnp.int32)], rows.stop - rows.start) < bound
 
 
 def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, Refs, Test], None]) -> None:

@@ -113,21 +113,36 @@ def queries(p: Problem, refs: Refs, test: Test) -> Any:
 
 
 def product(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
-    return walk.dot(q, jnp.concatenate([k, k], axis=1) if p.split else k, (1, 1))
+    return walk.dot(q, twice(p, k), (1, 1))
+
+
+def twice(p: Problem, k: jax.Array) -> jax.Array:
+    """Keys for the halves of the queries."""
+    return jnp.concatenate([k, k], axis=1) if p.split else k
+
+
+def scaled(p: Problem, x: jax.Array) -> jax.Array:
+    """q k^T times its factor, from what a product of `prepared` queries gives."""
+    return x if is_prepared(p) else x * (p.scale * _factor(p))
 
 
 def biased(p: Problem, refs: Refs, x: jax.Array, at: Place, rows: slice, columns: slice) -> jax.Array:
-    """y times its factor, from what `product` gives: scaled, if that is to be done, and with what rows are added."""
-    x = x if is_prepared(p) else x * (p.scale * _factor(p))
+    """y times its factor, from what `product` gives."""
+    x, row = scaled(p, x), by_key(p, refs, at, columns)
     if p.strip is not None:
         x = x + strips.tile(p.strip, refs.strips, origin(p, refs, at.step), rows, columns)
-    by_key = []
+    return x if row is None else x + row
+
+
+def by_key(p: Problem, refs: Refs, at: Place, columns: slice) -> jax.Array | None:
+    """What all queries at a place are added alike, a row of keys; `None`: nothing."""
+    rows = []
     if refs.kv_bias is not None:
         bias = refs.kv_bias[:, columns]
-        by_key.append(jnp.where(at.kv_pos < p.kv_len, bias, 0) if p.ragged_kv else bias)
+        rows.append(jnp.where(at.kv_pos < p.kv_len, bias, 0) if p.ragged_kv else bias)
     if p.adds:
-        by_key.append(addends.row(addend(p, at.step, lambda: reader(refs)), at.q_pos, at.kv_pos))
-    return x + sum(by_key) * _factor(p) if by_key else x
+        rows.append(addends.row(addend(p, at.step, lambda: reader(refs)), at.q_pos, at.kv_pos))
+    return functools.reduce(operator.add, rows) * _factor(p) if rows else None
 
 
 def origin(p: Problem, refs: Refs, step: Step) -> Any:
@@ -142,7 +157,8 @@ def lines(p: Problem, numbers: jax.Array | None) -> jax.Array | None:
 
 
 def begin_head(p: Problem, refs: Refs) -> None:
-    """The strip of a head."""
+    """The strip of a head, and what a walk of turned tiles asks intervals with."""
+    intervals.begin_head(refs)
     if p.strip is not None:
         strips.make(p.strip, refs.lines, refs.sources, refs.strips)
 
@@ -241,11 +257,11 @@ def visit(p: Problem, step: Step, refs: Refs, size: int, each: Callable[[Step, R
 
 
 def begin_queries(p: Problem, refs: Refs) -> None:
-    """What masks ask of queries, as columns that are all alike."""
+    """What masks ask of queries, as columns that are all alike; of turned tiles as rows."""
     if refs.q_ids is not None:
         refs.q_ids[...] = walk.upright(refs.q_segments[...])
     if p.sides:
-        return intervals.begin_queries(refs)
+        return intervals.begin_queries(p, refs)
     if p.marks is not None:
         return marks.begin_queries(p.marks, refs.low[...], refs.high[...], refs, walk.upright)
     for axis in range(p.axes):
@@ -256,6 +272,8 @@ def begin_queries(p: Problem, refs: Refs) -> None:
 def query_scratch(p: Problem, operands: Mapping[str, Any]) -> dict[str, Any]:
     """Where `begin_queries` puts it, and queries as `product` takes them."""
     scratch, columns = intervals.scratch(p), (p.tiling.block_q, LANES)
+    if p.turned:
+        return scratch
     if is_prepared(p):
         scratch["prepared"] = pltpu.VMEM((p.tiling.block_q, prepared_width(p)), p.dtype)
     if operands["q_segments"] is not None:

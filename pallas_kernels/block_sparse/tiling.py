@@ -31,6 +31,8 @@ class Tiling:
     """One grid step.
 
     Attributes:
+      turned: tiles of full and of masked blocks, of as many queries, where a forward walk lays them with queries along
+        the lanes; `None`: nowhere.
       strip: keys of a block that are looked at on their own where some of its masked pairs may be skipped.
       ones: row sums by a product with ones, where values leave half of a matrix unit empty.
       split: scaled queries as two bfloat16 halves, where the products of scores leave half of a matrix unit empty.
@@ -47,6 +49,7 @@ class Tiling:
     split: bool
     vmem: int
     resident: int
+    turned: tuple[Tile, Tile] | None = None
 
     @property
     def most(self) -> int:
@@ -64,13 +67,25 @@ class _Chip:
     vmem: int
     resident: int
     overhead: float  # of a grid step, forward and backward, in the time of 512 x 512 pairs
+    turned: tuple[Tile, Tile] | None = None
 
 
 _LARGE: Any = {"vmem": 128 * 2**20, "resident": 64 * 2**20}
 _V5 = _Chip(1024, 2048, Tile(512, 512, 1), Tile(256, 256, 2), wide=False, overhead=0.35, **_LARGE)
 _V5P = dataclasses.replace(_V5, vmem=64 * 2**20, resident=40 * 2**20)
-_V6 = _Chip(1024, 2048, Tile(256, 512, 2), Tile(256, 256, 2), wide=True, overhead=1.1, **_LARGE)
-_V7 = dataclasses.replace(_V6, forward=Tile(256, 512, 1), vmem=64 * 2**20, resident=32 * 2**20)
+_V6 = _Chip(
+    1024,
+    2048,
+    Tile(256, 512, 2),
+    Tile(256, 256, 2),
+    wide=True,
+    overhead=1.1,
+    turned=(Tile(256, 256, 6), Tile(256, 512, 3)),
+    **_LARGE,
+)
+_V7 = dataclasses.replace(
+    _V6, forward=Tile(256, 512, 1), turned=(Tile(256, 256, 5), Tile(256, 512, 3)), vmem=64 * 2**20, resident=32 * 2**20
+)
 
 
 def choose(
@@ -101,12 +116,18 @@ def choose(
     def fitted(tile: Tile) -> Tile:
         return Tile(_divisor(block_q, tile.q), _divisor(block_kv, tile.kv), tile.lag if narrow else 1)
 
+    forward, backward = fitted(chip.forward), fitted(chip.backward)
+    turned = None
+    if chip.turned and narrow and max(width, value_width) <= LANES:
+        turned = fitted(chip.turned[0]), fitted(chip.turned[1])
     return Tiling(
         block_q=block_q,
         block_kv=block_kv,
-        forward=fitted(chip.forward),
-        backward=fitted(chip.backward),
-        strip=_divisor(block_kv, STRIP),
+        forward=forward,
+        backward=backward,
+        turned=turned,
+        # Whole tiles of every walk.
+        strip=_divisor(block_kv, STRIP, math.lcm(*(tile.kv for tile in (forward, backward, *(turned or ()))))),
         ones=chip.wide and narrow and value_width <= LANES,
         split=chip.wide and narrow and width <= LANES,
         vmem=chip.vmem * 7 // 8,
@@ -161,9 +182,9 @@ def _whole(length: int) -> int:
     return -(-length // LANES) * LANES
 
 
-def _divisor(block: int, most: int) -> int:
-    """The largest part of a block in whole lanes up to `most` that divides it."""
-    return max(size for size in range(LANES, min(block, most) + 1, LANES) if block % size == 0)
+def _divisor(block: int, most: int, unit: int = LANES) -> int:
+    """The largest part of a block up to `most`, or else the smallest, that is whole `unit`s and divides it."""
+    return max((size for size in range(unit, min(block, most) + 1, unit) if block % size == 0), default=unit)
 
 
 LEAST = 16

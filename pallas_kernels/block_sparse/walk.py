@@ -21,6 +21,7 @@ from pallas_kernels.block_sparse.marks import Marks
 from pallas_kernels.block_sparse.strips import Strip
 from pallas_kernels.block_sparse.tiling import LANES, Tiling
 
+LEAST = float(jnp.finfo(jnp.float32).min)
 Indices = Callable[..., Any]
 Where = Callable[..., tuple[Any, Any, Any]]
 """From the indices of the grid: which batch row, query head and step of the list."""
@@ -40,6 +41,7 @@ class Problem:
       marks: where windows are penalties of queries; `None`: they are compared.
       guards: the guard bits of windows whose axes are compared all at once, 0 where they are not.
       strip: where the numbers for distances are that logits get; `None`: they get none.
+      turned: in this walk queries are the columns of a tile, not its rows.
       adds: the score function is the score and an addend, see `addends`.
       captured: shapes of the arrays that the score function reads; `reads`: how often it reads a floating-point one.
     """
@@ -73,6 +75,7 @@ class Problem:
     guards: int
     strip: Strip | None
     interpret: bool
+    turned: bool = False
 
     @property
     def kv_heads(self) -> int:

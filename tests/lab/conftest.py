@@ -1,26 +1,49 @@
 """The lab as a user runs it."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 
-@pytest.fixture
-def lab() -> Callable[..., str]:
-    """`python -m pallas_kernels.lab ...`, which has to succeed; returns what it prints.
+class Report(NamedTuple):
+    """Figures by case, and the tables that were printed."""
 
-    Without the tests' own compiler flags: they turn LLVM's optimiser off, and kernels would spill that do not.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    rows: dict[str, dict[str, Any]]
+    shown: str
 
-    def run(*arguments: Any, timeout: float = 1800) -> str:
-        command = [sys.executable, "-m", "pallas_kernels.lab", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+@functools.cache
+def _report(flag: str, source: str, target: str, only: str) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "figures.json")
+        arguments = [flag, source, "--targets", target, "--only", only, "--json", str(path)]
+        # Without the tests' own compiler flags: they turn LLVM's optimiser off, and kernels would spill that do not.
+        done = subprocess.run(
+            [sys.executable, "-m", "pallas_kernels.lab", "report", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=1800,
+            env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return Report({row["case"]: row for row in json.loads(path.read_text())["rows"]}, done.stdout)
 
-    return run
+
+@pytest.fixture(scope="session")
+def family() -> Callable[[str, str], Report]:
+    """`family(name, target)`: the report on a family of kernels, all of which have to compile; made once."""
+    return lambda name, target: _report("--family", name, target, "*")
+
+
+@pytest.fixture(scope="session")
+def module() -> Callable[[str, str, str], Report]:
+    """`module(name, target, only)`: the report on cases of a module."""
+    return functools.partial(_report, "--module")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
-def test_the_family_compiles(target, lab):
-    out = lab("compile", "--family", "block_sparse", "--targets", target)
-    for case in ("causal", "window-segments", "alibi", "relative", "soft-cap", "dropout"):
-        assert case in out
+def test_the_family_compiles(target, family):
+    rows = family("block_sparse", target).rows
+    assert rows.keys() == {"causal", "window-segments", "alibi", "relative", "soft-cap", "dropout"}
+    for row in rows.values():
+        assert all(kernel["step_bundles"] > 0 for kernel in row["kernels"])
 
 
-def test_blocks_in_which_intervals_end_take_little_longer_than_full_ones(tmp_path, lab):
-    found = tmp_path / "figures.json"
-    lab("report", "--family", "block_sparse", "--targets", "v6e", "--only", "window-segments", "--json", found)
-    (row,) = json.loads(found.read_text())["rows"]
+def test_blocks_in_which_intervals_end_take_little_longer_than_full_ones(family):
+    row = family("block_sparse", "v6e").rows["window-segments"]
     forward, backward = (
         [step["step_bundles"] for step in kernel["hot_regions"]] for kernel in sorted(row["kernels"], key=_bundles)
     )
@@ -45,10 +42,8 @@ WGMMA = {
 }
 
 
-def test_kernels_for_h100_use_its_matrix_units_and_spill_nothing(tmp_path, lab):
-    found = tmp_path / "figures.json"
-    lab("report", "--family", "block_sparse", "--targets", "h100", "--json", found)
-    cases = {row["case"]: row["kernels"] for row in json.loads(found.read_text())["rows"]}
+def test_kernels_for_h100_use_its_matrix_units_and_spill_nothing(family):
+    cases = {name: row["kernels"] for name, row in family("block_sparse", "h100").rows.items()}
     assert set(cases) == {*WGMMA, "everything"}
     for case, kernels in cases.items():
         for kernel in kernels:

@@ -7,7 +7,7 @@ import pytest
 
 from jattn.masks import Causal, Full
 from pallas_kernels.block_sparse import Tile, Tiling, WorkList, addends, block_sparse_attention
-from tests.pallas_kernels.test_block_sparse import CUT, LATE, TWO_WALKS, WIDE_UNITS, WINDOW, compare, operands
+from tests.pallas_kernels.test_block_sparse import COLUMNS, CUT, LATE, TWO_WALKS, WINDOW, compare, operands
 
 
 def alibi(score, b, h, q_pos, kv_pos, slopes, *_):
@@ -71,8 +71,9 @@ def as_bias(x, q_len, kv_len):
         (CUT, LATE, {"sinks": (4,), "kv_bias": (2, 2, 307)}),
         (TWO_WALKS, WINDOW, {"sinks": (4,)}),
         (TWO_WALKS, Full(), {}),
+        (COLUMNS, Causal(-20), {"sinks": (4,), "kv_bias": (2, 2, 307)}),
     ],
-    ids=["one walk", "sinks, a bias of keys, rows that see nothing", "two walks", "no mask"],
+    ids=["one walk", "sinks, a bias of keys, rows that see nothing", "two walks", "no mask", "columns, all of these"],
 )
 def test_alibi_with_all_gradients(cut, mask, more):
     arguments, cotangents = operands(2, 211, 307, 4, 2, 16, 32, **more, slopes=(4,))
@@ -91,7 +92,7 @@ def test_alibi_in_bfloat16():
     """The gradient of a slope is a difference of sums that are much larger: neither may be rounded on its own."""
     arguments, cotangents = operands(1, 211, 307, 2, 1, 128, 128, dtype=jnp.bfloat16, slopes=(2,))
     arguments["slopes"] = jnp.asarray([0.7, 0.11])
-    for cut in (CUT, WIDE_UNITS):
+    for cut in (CUT, COLUMNS):
         compare(
             arguments, cotangents, Causal(96), cut=cut, ratio=5e-3, score_mod=alibi,
             reference=lambda x: as_bias(x, 211, 307),
