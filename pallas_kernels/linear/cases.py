@@ -60,15 +60,14 @@ def _normalized(target: str) -> dict[str, Case]:
 
 
 def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...]) -> dict[str, Case]:
-    cores, is_delta = CHIPS[target].cores, entry is delta
-    cut: Any = {"large": is_delta, "of_channels": len(gates) == 4, "cores": cores}
+    cut: Any = {"of_channels": len(gates) == 4, "cores": CHIPS[target].cores}
     blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, **cut)
     call = Call(1.0, jnp.bfloat16, "tpu", blocks)
     token = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((BATCH, HEADS, WIDTH, WIDTH), jnp.float32)
     starts = jax.ShapeDtypeStruct((BATCH, LENGTH // blocks.tokens, *state.shape[1:]), jnp.float32)
     operands = [token, token, token]
-    if is_delta:
+    if entry is delta:
         operands.append(jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS), jnp.float32))
     operands.append(jax.ShapeDtypeStruct(gates, jnp.float32))
     # The slopes of a Lightning layer are not trained, gates of tokens are.

@@ -65,7 +65,7 @@ def delta_rule(
     else:
         shared = states // key.shape[2]
         sizes = (batch, length, states, max(heads // states, 1), width, value_width, query.dtype)
-        cut = blocks or tiling.choose(*sizes, shared=shared, large=True, of_channels=log_decay.ndim == 4)
+        cut = blocks or tiling.choose(*sizes, shared=shared, of_channels=log_decay.ndim == 4)
         log_decay = given_gates(log_decay, segment_ids, per_token=(batch, length, states), step=cut.forward.tokens)
     call = Call(scale, out_dtype or query.dtype, platform, cut)
     return attend(call, *alike(query, key, value, beta, log_decay, state))

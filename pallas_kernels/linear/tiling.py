@@ -57,7 +57,6 @@ def choose(
     dtype: Any,
     *,
     shared: int = 1,
-    large: bool = False,
     of_channels: bool = False,
     cores: int | None = None,
 ) -> Tiling:
@@ -65,9 +64,7 @@ def choose(
 
     Args:
       shared: heads that have one query and key head.
-      large: for units of several times the work, the delta rule's. A unit waits long for its inverse, so that forward
-        steps, of which the first chunks have no others to hide behind, are longer.
-      of_channels: for decays of channels, which are large too.
+      of_channels: for decays of channels, whose units are several times the work.
       cores: of a device; `None` asks the device that is compiled for, where it is known.
     """
     chunk, size = LANES, jnp.dtype(dtype).itemsize
@@ -79,7 +76,7 @@ def choose(
     busy = [n for n in possible if batch * (heads // n) % cores == 0]
     together = max(busy or possible or [heads])
     # A float32 product is six passes of the matrix unit, and as much code.
-    units = (UNITS if size == 2 else UNITS // 4) // (2 if large or of_channels else 1)
+    units = (UNITS if size == 2 else UNITS // 4) // (2 if of_channels else 1)
     chunks = max(min(units // (together * group), -(-length // chunk)), 1)
 
     def taken(chunks: int) -> int:
@@ -91,8 +88,7 @@ def choose(
         chunks -= 1
     # Operands and results of a backward step's tokens, of which the forward walk has no others.
     a_token = size * (group + 1) * (width + value_width) + (4 * width if of_channels else 0)
-    longest = 4 if large and not of_channels else 2
-    times = min(longest, -(-length // (chunk * chunks)), VMEM // 2 // (2 * chunk * chunks * together * a_token))
+    times = min(2, -(-length // (chunk * chunks)), VMEM // 2 // (2 * chunk * chunks * together * a_token))
     return Tiling(chunk, chunks, together, LAG, max(times, 1))
 
 

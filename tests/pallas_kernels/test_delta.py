@@ -278,4 +278,4 @@ def test_what_the_kernel_does_not_do(change, message):
 
 
 def test_a_cut_keeps_the_states_of_a_key_head_together():
-    assert tiling.choose(1, 256, 8, 1, 128, 128, jnp.bfloat16, shared=4, large=True, cores=1).heads % 4 == 0
+    assert tiling.choose(1, 256, 8, 1, 128, 128, jnp.bfloat16, shared=4, cores=1).heads % 4 == 0
