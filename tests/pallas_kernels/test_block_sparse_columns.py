@@ -67,6 +67,15 @@ def test_traced_lists_of_batch_rows_and_heads(walks):
     assert walks == {"columns"}
 
 
+def test_keys_that_end_inside_a_block_without_a_mask(walks):
+    arguments, _ = operands(1, 100, 211, 1, 1, 16, 16)
+    got = small(**arguments, cut=COLUMNS, scale=0.2)()
+    want = dot_product_attention(**arguments, scale=0.2, return_lse=True, implementation="reference")
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert walks == {"columns"}
+
+
 @pytest.mark.parametrize(
     ("mask", "options"),
     [
