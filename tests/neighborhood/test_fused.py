@@ -54,7 +54,7 @@ def results(implementation, given, mask, **options):
     return dict(zip(("out", "lse", "seen"), found, strict=True)) | gradients
 
 
-def compare(given, mask, *, ratio=1e-5, **options):
+def assert_as_dense(given, mask, *, ratio=1e-5, **options):
     got = results("interpret", given, mask, **options)
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(np.asarray(x), np.float64) for name, x in given.items()}
@@ -76,26 +76,26 @@ def compare(given, mask, *, ratio=1e-5, **options):
     ids=["a line in unequal groups", "strides and groups", "blocks, causal downwards", "a volume"],
 )
 def test_windows(machine, grid, options):
-    compare(*arrays(grid), **options)
+    assert_as_dense(*arrays(grid), **options)
 
 
 def test_hidden_keys_and_additional_tokens(machine):
     """Windows of which some are hidden whole, with and without tokens that all see."""
-    got = compare(*arrays((13, 11), hidden=0.7), kernel_size=2)
+    got = assert_as_dense(*arrays((13, 11), hidden=0.7), kernel_size=2)
     hidden = ~np.asarray(got["seen"])
     assert 10 < hidden[..., 0].sum() < 100
     assert not np.asarray(got["out"])[hidden].any()
     assert not np.asarray(got["query"])[hidden].any()
-    compare(*arrays((13, 11), additional=3, hidden=0.7), kernel_size=2)
+    assert_as_dense(*arrays((13, 11), additional=3, hidden=0.7), kernel_size=2)
 
 
 def test_bfloat16(machine):
-    compare(*arrays((17, 19), jnp.bfloat16), kernel_size=(5, 7), ratio=5e-3)
+    assert_as_dense(*arrays((17, 19), jnp.bfloat16), kernel_size=(5, 7), ratio=5e-3)
 
 
 def test_tiles_of_ones_own(machine):
     """Tiles that differ between queries and keys change nothing."""
-    compare(*arrays((17, 19)), kernel_size=(5, 7), q_tile=(8, 16), kv_tile=(4, 32))
+    assert_as_dense(*arrays((17, 19)), kernel_size=(5, 7), q_tile=(8, 16), kv_tile=(4, 32))
 
 
 def test_what_the_kernels_do_not_do(machine):

@@ -57,7 +57,7 @@ def results(x, implementation, **options):
         yield dict(zip(("out", "lse", "seen"), found, strict=True)) | gradients
 
 
-def compare(x, *, ratio=2e-6, **options):
+def assert_as_dense(x, *, ratio=2e-6, **options):
     got, again = results(x, "interpret", **options)
     jax.tree.map(np.testing.assert_array_equal, got, again)
     with jax.enable_x64(True):
@@ -82,20 +82,20 @@ def compare(x, *, ratio=2e-6, **options):
 def test_windows(grid, window, programs, options, monkeypatch):
     """The pairs of a kind shared out to one program each, to one, to some."""
     monkeypatch.setattr(relative_gpu, "PROGRAMS", programs)
-    compare(arrays(grid, window), kernel_size=window, **options)
+    assert_as_dense(arrays(grid, window), kernel_size=window, **options)
 
 
 def test_windows_that_the_op_does_not_define_a_bias_for(monkeypatch):
     """Strides, blocks and causal axes, whose distances are in the table too."""
     monkeypatch.setattr(neighborhood, "check_rel_pos_bias", lambda *_: None)
     options = {"stride": (2, 3), "dilation": (1, 2), "is_causal": (True, False)}
-    compare(arrays((13, 17), (5, 3)), kernel_size=(5, 3), **options)
+    assert_as_dense(arrays((13, 17), (5, 3)), kernel_size=(5, 3), **options)
 
 
 def test_hidden_keys():
     """And windows that are hidden whole."""
     mask = jnp.asarray(np.random.default_rng(1).random((B, 13, 11)) >= 0.7)
-    got = compare(arrays((13, 11), (2, 2)), kernel_size=2, key_mask=mask)
+    got = assert_as_dense(arrays((13, 11), (2, 2)), kernel_size=2, key_mask=mask)
     hidden = ~np.asarray(got["seen"])
     assert 10 < hidden[..., 0].sum() < 100
     assert not np.asarray(got["out"])[hidden].any()
@@ -103,7 +103,7 @@ def test_hidden_keys():
 
 
 def test_bfloat16():
-    got = compare(arrays((13, 11), (5, 7), jnp.bfloat16), kernel_size=(5, 7), ratio=5e-3)
+    got = assert_as_dense(arrays((13, 11), (5, 7), jnp.bfloat16), kernel_size=(5, 7), ratio=5e-3)
     assert got["rel_pos_bias"].dtype == got["key"].dtype == jnp.bfloat16
 
 

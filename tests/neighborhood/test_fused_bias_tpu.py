@@ -14,7 +14,7 @@ from jattn.neighborhood import fused, neighborhood, one_pass, planes
 from jattn.neighborhood.tiles import tile_plan
 from jattn.neighborhood.window import Neighborhood
 from pallas_kernels.block_sparse import Relative, Windows, WorkList, block_sparse_attention, tiling
-from tests.neighborhood.test_fused_bias import B, H, K, N, V, arrays, compare
+from tests.neighborhood.test_fused_bias import B, H, K, N, V, arrays, assert_as_dense
 from tests.pallas_kernels.test_block_sparse import TWO_WALKS, work_lists
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -44,13 +44,13 @@ def only_tiles(monkeypatch):
     ids=["a line in unequal groups", "an image in groups, even windows", "a volume"],
 )
 def test_windows(grid, window, options):
-    compare(arrays(grid, window), kernel_size=window, **options)
+    assert_as_dense(arrays(grid, window), kernel_size=window, **options)
 
 
 def test_hidden_keys():
     """And windows that are hidden whole."""
     mask = jnp.asarray(np.random.default_rng(1).random((B, 13, 11)) >= 0.7)
-    got = compare(arrays((13, 11), (2, 2)), kernel_size=2, key_mask=mask, **TILES)
+    got = assert_as_dense(arrays((13, 11), (2, 2)), kernel_size=2, key_mask=mask, **TILES)
     hidden = ~np.asarray(got["seen"])
     assert 10 < hidden[..., 0].sum() < 100
     assert not np.asarray(got["out"])[hidden].any()
@@ -58,7 +58,7 @@ def test_hidden_keys():
 
 
 def test_bfloat16():
-    got = compare(arrays((13, 11), (5, 7), jnp.bfloat16), kernel_size=(5, 7), ratio=5e-3, **TILES)
+    got = assert_as_dense(arrays((13, 11), (5, 7), jnp.bfloat16), kernel_size=(5, 7), ratio=5e-3, **TILES)
     assert got["rel_pos_bias"].dtype == got["key"].dtype == jnp.bfloat16
 
 

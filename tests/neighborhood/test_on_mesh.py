@@ -28,7 +28,7 @@ def results(op, x, mask):
     return jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})(x)
 
 
-def compare(devices, x, mask=None, **options):
+def assert_as_dense(devices, x, mask=None, **options):
     def whole(query, key, value, **given):
         return jattn.neighborhood_attention(query, key, value, **given, **options)
 
@@ -56,14 +56,14 @@ def axes_of(devices):
 def test_pieces_of_a_grid(grid, options):
     """Windows within a neighbor, beyond it, as wide as nearly everything; strides, groups and causal axes."""
     devices = {"space": 8 if len(grid) == 3 else 4, "data": 1 if len(grid) == 3 else 2}
-    compare(devices, arrays(grid), **options)
+    assert_as_dense(devices, arrays(grid), **options)
 
 
 def test_hidden_keys_biases_and_heads():
     x = arrays((16, 7))
     x["rel_pos_bias"] = jnp.asarray(np.random.default_rng(1).standard_normal((4, 9, 5)), jnp.float32)
     mask = jnp.asarray(np.random.default_rng(2).random((2, 16, 7)) > 0.3)
-    compare({"space": 4, "tensor": 2}, x, mask, kernel_size=(5, 3))
+    assert_as_dense({"space": 4, "tensor": 2}, x, mask, kernel_size=(5, 3))
 
 
 def test_pieces_that_do_not_divide():

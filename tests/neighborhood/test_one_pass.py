@@ -66,7 +66,7 @@ def results(implementation, x, **options):
     return dict(zip(("out", "lse"), found, strict=True)) | {f"d {name}": d for name, d in gradients.items()}
 
 
-def compare(x, ratio=2e-6, **options):
+def assert_as_dense(x, ratio=2e-6, **options):
     got = results("interpret", x, **options)
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(np.asarray(a), np.float64) for name, a in x.items()}
@@ -91,7 +91,7 @@ def compare(x, ratio=2e-6, **options):
     ids=["many tiles", "all that there is", "ends of tiles", "an oblong window", "even windows, odd heads", "a line"],
 )
 def test_windows_with_a_bias(grid, heads, width, window):
-    compare(arrays(grid, heads, width, bias=window), kernel_size=window)
+    assert_as_dense(arrays(grid, heads, width, bias=window), kernel_size=window)
 
 
 @pytest.mark.parametrize(
@@ -104,26 +104,26 @@ def test_windows_with_a_bias(grid, heads, width, window):
     ids=["strides", "causal along one axis", "groups that are not equal"],
 )
 def test_windows_without_a_bias(options):
-    compare(arrays((13, 11), 4, 32), **options)
+    assert_as_dense(arrays((13, 11), 4, 32), **options)
 
 
 def test_a_bias_of_distances_in_a_group():
-    compare(arrays((13, 11), 2, 32, bias=(3, 3)), kernel_size=3, dilation=(2, 3))
+    assert_as_dense(arrays((13, 11), 2, 32, bias=(3, 3)), kernel_size=3, dilation=(2, 3))
 
 
 def test_heads_that_do_not_fill_the_last_lanes():
     """Six of 32 channels are a program of four and one of two, beside which there is nothing."""
-    compare(arrays((7, 11), 6, 32, bias=(3, 3)), kernel_size=3)
+    assert_as_dense(arrays((7, 11), 6, 32, bias=(3, 3)), kernel_size=3)
 
 
 @pytest.mark.parametrize("value_width", [19, 48])
 def test_heads_that_share_keys_and_values_of_another_width(value_width):
-    compare(arrays((7, 11), 6, 32, bias=(3, 3), kv_heads=2, value_width=value_width), kernel_size=3)
+    assert_as_dense(arrays((7, 11), 6, 32, bias=(3, 3), kv_heads=2, value_width=value_width), kernel_size=3)
 
 
 def test_heads_that_do_not_divide_the_lanes():
     """Four of 48 channels, as of 64."""
-    compare(arrays((7, 11), 4, 48, bias=(3, 3)), kernel_size=3)
+    assert_as_dense(arrays((7, 11), 4, 48, bias=(3, 3)), kernel_size=3)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_large_images_in_bands(grid, options, images, small_chip, monkeypatch):
     window = (
         None if {"stride", "is_causal"} & set(options) else Neighborhood(options["kernel_size"]).on(grid).kernel_size
     )
-    compare(arrays(grid, 2, 16, bias=window), **options)
+    assert_as_dense(arrays(grid, 2, 16, bias=window), **options)
     assert {shape[0] for shape in seen} == {B * images}
 
 
@@ -177,19 +177,19 @@ def test_bands_hold_all_that_their_queries_see(axis, count):
 
 
 def test_bfloat16():
-    got = compare(arrays((13, 11), 4, 32, jnp.bfloat16, bias=(5, 5)), kernel_size=5, ratio=6e-3)
+    got = assert_as_dense(arrays((13, 11), 4, 32, jnp.bfloat16, bias=(5, 5)), kernel_size=5, ratio=6e-3)
     assert got["out"].dtype == got["d key"].dtype == got["d rel_pos_bias"].dtype == jnp.bfloat16
     assert got["lse"].dtype == jnp.float32
 
 
 def test_additional_tokens():
-    compare(arrays((7, 11), 2, 32, bias=(3, 3), additional=5), kernel_size=3)
+    assert_as_dense(arrays((7, 11), 2, 32, bias=(3, 3), additional=5), kernel_size=3)
 
 
 def test_logits_of_any_size():
     """Of some hundreds, where float32 is some 1e-5 apart and so are the logarithms of weights."""
     x = arrays((7, 11), 2, 32)
-    compare(x | {"query": 90 * x["query"]}, kernel_size=3, ratio=2e-4)
+    assert_as_dense(x | {"query": 90 * x["query"]}, kernel_size=3, ratio=2e-4)
 
 
 @pytest.mark.parametrize(("turn", "abreast"), [(1, 1), (3, 2), (64, 5)])
@@ -198,7 +198,7 @@ def test_how_tiles_are_scheduled_changes_nothing(turn, abreast, monkeypatch):
     monkeypatch.setattr(one_pass_tpu, "TURN", turn)
     monkeypatch.setattr(one_pass_tpu, "ABREAST", abreast)
     monkeypatch.setattr(tables, "choose", lambda p: dataclasses.replace(p, tile=(2, 8)))
-    compare(arrays((15, 11), 2, 16, bias=(3, 3)), kernel_size=3)
+    assert_as_dense(arrays((15, 11), 2, 16, bias=(3, 3)), kernel_size=3)
 
 
 def test_nan_beyond_an_image_is_not_met():

@@ -10,7 +10,7 @@ import pytest
 import jattn
 from jattn.neighborhood.planes import runs
 from jattn.neighborhood.window import Neighborhood, visible
-from tests.neighborhood.test_one_pass import B, arrays, compare, only_one_pass
+from tests.neighborhood.test_one_pass import B, arrays, assert_as_dense, only_one_pass
 
 __all__ = ["only_one_pass"]  # the block-sparse kernels would give the same results
 
@@ -28,11 +28,11 @@ __all__ = ["only_one_pass"]  # the block-sparse kernels would give the same resu
 )
 def test_a_bias_in_three_dimensions(grid, window, dilation, more):
     heads = more.pop("heads", 2)
-    compare(arrays(grid, heads, 16, bias=window, **more), kernel_size=window, dilation=dilation)
+    assert_as_dense(arrays(grid, heads, 16, bias=window, **more), kernel_size=window, dilation=dilation)
 
 
 def test_a_video_in_bfloat16():
-    got = compare(arrays((5, 7, 6), 2, 16, jnp.bfloat16, bias=(3, 3, 3)), kernel_size=3, ratio=8e-3)
+    got = assert_as_dense(arrays((5, 7, 6), 2, 16, jnp.bfloat16, bias=(3, 3, 3)), kernel_size=3, ratio=8e-3)
     assert got["out"].dtype == got["d rel_pos_bias"].dtype == jnp.bfloat16
 
 

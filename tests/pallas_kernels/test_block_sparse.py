@@ -152,7 +152,7 @@ def dense(arguments, cotangents, mask, segments, *, soft_cap, reference):
     return with_gradients(attend, arguments, cotangents)
 
 
-def compare(
+def assert_as_dense(
     arguments,
     cotangents,
     mask,
@@ -228,12 +228,12 @@ def compare(
     ],
 )
 def test_values_and_gradients(sizes, mask, cut):
-    compare(*operands(*sizes), mask, cut=cut)
+    assert_as_dense(*operands(*sizes), mask, cut=cut)
 
 
 @pytest.mark.parametrize("cut", [CUT, COLUMNS, dataclasses.replace(TWO_WALKS, split=True), ON_GPU])
 def test_bfloat16(cut):
-    compare(*operands(1, 211, 307, 2, 1, 128, 128, dtype=jnp.bfloat16), LATE, cut=cut, ratio=5e-3)
+    assert_as_dense(*operands(1, 211, 307, 2, 1, 128, 128, dtype=jnp.bfloat16), LATE, cut=cut, ratio=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -246,16 +246,16 @@ def test_gradients_of_weights_that_nearly_cancel(cut, value_width):
     arguments, cotangents = operands(1, 211, 307, 2, 1, 64, value_width, dtype=jnp.bfloat16)
     arguments["value"] = arguments["value"].at[..., 0].set(1 + 2**-7)
     d_out = (cotangents[0] / value_width**0.5).at[..., 0].set(19200)
-    compare(arguments, (d_out, cotangents[1]), LATE, cut=cut, ratio=5e-3)
+    assert_as_dense(arguments, (d_out, cotangents[1]), LATE, cut=cut, ratio=5e-3)
 
 
 @pytest.mark.parametrize("cut", [CUT, ON_GPU], ids=["tpu", "gpu"])
 def test_rows_that_see_nothing_whether_listed_or_not(cut):
     """With and without a sink; the second block of queries is not listed, the first one all but empty."""
     listed, mask = np.array([[[[1, 1], [0, 0], [2, 0]]]], np.int32), Causal(offset=-120)
-    compare(*operands(1, 307, 307, 1, 1, 16, 16), mask, listed, cut=cut)
+    assert_as_dense(*operands(1, 307, 307, 1, 1, 16, 16), mask, listed, cut=cut)
     arguments, cotangents = operands(1, 307, 307, 2, 1, 16, 16, sinks=(2,))
-    got = compare(arguments, cotangents, mask, listed, cut=cut)
+    got = assert_as_dense(arguments, cotangents, mask, listed, cut=cut)
     np.testing.assert_allclose(got["lse"][0, 128:256], np.broadcast_to(arguments["sinks"], (128, 2)), rtol=1e-6)
 
 
@@ -267,7 +267,7 @@ def test_rows_that_see_nothing_whether_listed_or_not(cut):
 def test_lists_of_batch_rows_and_heads(shape, cut):
     kinds = np.random.default_rng(0).integers(0, 3, (*shape, 2, 2)).astype(np.int32)
     kinds[0, 0, 1] = 0
-    compare(*operands(2, 211, 307, 4, 2, 16, 32), Causal(), kinds, cut=cut)
+    assert_as_dense(*operands(2, 211, 307, 4, 2, 16, 32), Causal(), kinds, cut=cut)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_windows_of_coordinates(of_groups, cut):
     dtype, ratio = (jnp.bfloat16, 5e-3) if cut is WIDE_UNITS else (jnp.float32, 1e-5)
     arguments, cotangents = operands(6, 211, 307, 2, 1, 16, 32, dtype=dtype, kv_bias=(6, 1, 307))
     arguments["kv_bias"] = jnp.where(jnp.arange(307) % 5 == 2, -jnp.inf, arguments["kv_bias"])
-    compare(arguments, cotangents, Causal(offset=150), kinds, windows=windows, cut=cut, ratio=ratio)
+    assert_as_dense(arguments, cotangents, Causal(offset=150), kinds, windows=windows, cut=cut, ratio=ratio)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_windows_of_a_grid(cut, width, options):
     arguments, cotangents = operands(2, 211, 512, 2, 1, width, 32, dtype=dtype, kv_bias=(2, 1, 512))
     arguments["kv_bias"] = jnp.where(first % 4 == 3, -jnp.inf, arguments["kv_bias"])
     kinds = np.ones((1, 1, 2, 2), np.int32)
-    got = compare(arguments, cotangents, Full(), kinds, windows=windows, cut=cut, ratio=ratio, **options)
+    got = assert_as_dense(arguments, cotangents, Full(), kinds, windows=windows, cut=cut, ratio=ratio, **options)
     assert 20 < np.isneginf(got["lse"][0, :, 0]).sum() < 190
 
 
@@ -363,7 +363,7 @@ def test_segments_bias_of_keys_cap_and_sinks(cut, value_width):
         jnp.asarray(np.repeat([0, 3, 5], [80, 131, 96])[None]),
     )
     arguments, cotangents = operands(1, 211, 307, 4, 2, 16, value_width, kv_bias=(1, 2, 307), sinks=(4,))
-    compare(arguments, cotangents, Causal(offset=60), cut=cut, soft_cap=3.0, segments=segments)
+    assert_as_dense(arguments, cotangents, Causal(offset=60), cut=cut, soft_cap=3.0, segments=segments)
 
 
 @pytest.mark.parametrize("soft_cap", [60.0, 70.0], ids=["no maximum", "running maximum"])
@@ -374,7 +374,7 @@ def test_rows_at_both_ends_of_a_cap(cut, dtype, ratio, soft_cap):
     arguments["key"] = arguments["key"].at[..., 0].set(4)
     for rows, along in ((slice(90, 110), -2000), (slice(120, 140), 2000)):
         arguments["query"] = arguments["query"].at[:, rows].set(0).at[:, rows, :, 0].set(along)
-    got = compare(arguments, cotangents, Causal(offset=-7), cut=cut, soft_cap=soft_cap, ratio=ratio)
+    got = assert_as_dense(arguments, cotangents, Causal(offset=-7), cut=cut, soft_cap=soft_cap, ratio=ratio)
     seen = np.log(np.arange(211) - 6.0, where=np.arange(211) > 6, out=np.zeros(211))[:, None]
     rounding = 1e-5 * soft_cap if dtype == jnp.float32 else 2.0**-8  # weights that are alike are rounded alike
     np.testing.assert_allclose(got["lse"][0, 90:110] - seen[90:110], -soft_cap, atol=rounding)
@@ -393,7 +393,7 @@ def test_score_functions_and_the_gradients_of_what_they_capture(cut):
         return x | {"query": x["query"] * x["temperature"][:, None, :, None], "bias": bias[None]}
 
     arguments, cotangents = operands(2, 211, 307, 4, 2, 16, 32, slopes=(4,), temperature=(2, 4), shift=())
-    compare(arguments, cotangents, LATE, cut=cut, soft_cap=4.0, score_mod=score_mod, reference=reference)
+    assert_as_dense(arguments, cotangents, LATE, cut=cut, soft_cap=4.0, score_mod=score_mod, reference=reference)
 
 
 def small(**options):

@@ -7,7 +7,7 @@ import pytest
 
 from jattn.masks import Causal, Full
 from pallas_kernels.block_sparse import Tile, Tiling, WorkList, addends, block_sparse_attention
-from tests.pallas_kernels.test_block_sparse import COLUMNS, CUT, LATE, TWO_WALKS, WINDOW, compare, operands
+from tests.pallas_kernels.test_block_sparse import COLUMNS, CUT, LATE, TWO_WALKS, WINDOW, assert_as_dense, operands
 
 
 def alibi(score, b, h, q_pos, kv_pos, slopes, *_):
@@ -85,7 +85,7 @@ def test_alibi_with_all_gradients(cut, mask, more):
             x = x | {"bias": x["bias"] + jnp.repeat(x["kv_bias"], 2, axis=1)[:, :, None]}
         return {name: a for name, a in x.items() if name != "kv_bias"}
 
-    compare(arguments, cotangents, mask, cut=cut, score_mod=alibi, reference=reference)
+    assert_as_dense(arguments, cotangents, mask, cut=cut, score_mod=alibi, reference=reference)
 
 
 def test_alibi_in_bfloat16():
@@ -93,7 +93,7 @@ def test_alibi_in_bfloat16():
     arguments, cotangents = operands(1, 211, 307, 2, 1, 128, 128, dtype=jnp.bfloat16, slopes=(2,))
     arguments["slopes"] = jnp.asarray([0.7, 0.11])
     for cut in (CUT, COLUMNS):
-        compare(
+        assert_as_dense(
             arguments, cotangents, Causal(96), cut=cut, ratio=5e-3, score_mod=alibi,
             reference=lambda x: as_bias(x, 211, 307),
         )  # fmt: skip
@@ -123,7 +123,7 @@ def test_many_numbers_that_are_read():
         bias = sum(x[name][:, None, None] * ((i - 3) * s + t * x["w0"][:, None, None]) for i, name in enumerate(names))
         return {name: a for name, a in x.items() if name not in names} | {"bias": bias[None]}
 
-    compare(arguments, cotangents, Causal(96), ratio=5e-3, score_mod=many, reference=reference)
+    assert_as_dense(arguments, cotangents, Causal(96), ratio=5e-3, score_mod=many, reference=reference)
 
 
 _ALL = [(row, col, 2) for row in range(2) for col in range(2)]

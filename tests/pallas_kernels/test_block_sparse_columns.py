@@ -13,7 +13,7 @@ from jattn.dot_product import dot_product_attention
 from jattn.masks import Causal, Full, SlidingWindow
 from pallas_kernels.block_sparse import attention, choose, forward_columns_tpu, forward_rows_tpu
 from pallas_kernels.block_sparse.cases import CAUSAL
-from tests.pallas_kernels.test_block_sparse import COLUMNS, compare, operands, small, work_lists
+from tests.pallas_kernels.test_block_sparse import COLUMNS, assert_as_dense, operands, small, work_lists
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_values_and_gradients(walks, sizes, mask, more):
         arguments["kv_bias"] = jnp.where(jnp.arange(sizes[2]) % 7 == 3, -jnp.inf, arguments["kv_bias"])
     if isinstance(mask, Full):  # a query that sees nothing has no gradient without a sink
         arguments["sinks"] = arguments["sinks"].at[0].set(-jnp.inf)
-    compare(arguments, cotangents, mask, cut=dataclasses.replace(COLUMNS, split=False))
+    assert_as_dense(arguments, cotangents, mask, cut=dataclasses.replace(COLUMNS, split=False))
     assert walks == {"columns"}
 
 
@@ -55,7 +55,7 @@ def test_bfloat16(walks, widths):
     arguments["query"] *= 16 / (0.2 * widths[0] ** 0.5)
     long = jnp.isin(jnp.arange(307), np.array([0, 3, 130, 301]))[:, None, None]
     arguments["key"] = jnp.where(long, 100, 1).astype(jnp.bfloat16) * arguments["key"]
-    compare(arguments, cotangents, Causal(offset=-20), cut=COLUMNS, ratio=5e-3)
+    assert_as_dense(arguments, cotangents, Causal(offset=-20), cut=COLUMNS, ratio=5e-3)
     assert walks == {"columns"}
 
 
@@ -63,7 +63,7 @@ def test_traced_lists_of_batch_rows_and_heads(walks):
     """Full blocks, masked ones, some listed twice over for other heads, and a row of blocks that no list names."""
     kinds = np.random.default_rng(3).choice(3, (2, 2, 2, 2)).astype(np.int32)
     kinds[0, 1, 1] = 0
-    compare(*operands(2, 211, 307, 4, 2, 32, 32), Causal(offset=60), kinds, cut=COLUMNS)
+    assert_as_dense(*operands(2, 211, 307, 4, 2, 32, 32), Causal(offset=60), kinds, cut=COLUMNS)
     assert walks == {"columns"}
 
 

@@ -7,7 +7,7 @@ import pytest
 import jattn
 from jattn.masks import Causal, Full, SlidingWindow
 from pallas_kernels.block_sparse import distances, limits
-from tests.pallas_kernels.test_block_sparse import CUT, LATE, TWO_WALKS, WIDE_UNITS, WINDOW, compare, operands
+from tests.pallas_kernels.test_block_sparse import CUT, LATE, TWO_WALKS, WIDE_UNITS, WINDOW, assert_as_dense, operands
 
 Q_LEN, KV_LEN = 211, 307
 CONSTANTS = jnp.arange(64.0)
@@ -90,13 +90,13 @@ def as_bias(x):
 )
 def test_a_table_with_all_gradients(cut, mask, more, options):
     arguments, cotangents = operands(2, Q_LEN, KV_LEN, 4, 2, 16, 32, **more, table=(4, Q_LEN + KV_LEN))
-    compare(arguments, cotangents, mask, cut=cut, score_mod=relative, reference=as_bias, **options)
+    assert_as_dense(arguments, cotangents, mask, cut=cut, score_mod=relative, reference=as_bias, **options)
 
 
 def test_a_table_in_bfloat16_and_segments():
     arguments, cotangents = operands(1, Q_LEN, KV_LEN, 2, 1, 128, 128, dtype=jnp.bfloat16, table=(2, Q_LEN + KV_LEN))
     ids = tuple(jnp.arange(size)[None] // 90 for size in (Q_LEN, KV_LEN))
-    compare(
+    assert_as_dense(
         arguments, cotangents, Causal(96), cut=WIDE_UNITS, segments=ids, ratio=5e-3, score_mod=relative,
         reference=as_bias,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def test_distances_that_nothing_may_see_and_numbers_beyond_them():
         return x | {"bias": jnp.where(distance % 5 == 2, -jnp.inf, x["bias"])}
 
     arguments, cotangents = operands(1, Q_LEN, KV_LEN, 2, 1, 16, 32, table=(2, Q_LEN + KV_LEN))
-    compare(arguments, cotangents, Full(), score_mod=near, reference=reference)
+    assert_as_dense(arguments, cotangents, Full(), score_mod=near, reference=reference)
 
 
 def test_the_op_runs_it():

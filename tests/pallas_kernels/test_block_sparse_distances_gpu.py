@@ -24,7 +24,7 @@ from pallas_kernels.block_sparse import (
 )
 from pallas_kernels.block_sparse.tiling import choose_blocks
 from tests.pallas_kernels.test_block_sparse_distances import BY_DISTANCE, OTHERS
-from tests.pallas_kernels.test_block_sparse_gpu import B, K, N, arrays, compare, on_the_kernels, results
+from tests.pallas_kernels.test_block_sparse_gpu import B, K, N, arrays, assert_as_dense, on_the_kernels, results
 
 __all__ = ["on_the_kernels"]  # a fixture that every test here has
 BUCKETS, FURTHEST = 32, 60
@@ -57,13 +57,13 @@ def test_buckets(monkeypatch):
     """Under no mask, in blocks of two sizes, and as many runs as pairs of blocks."""
     monkeypatch.setattr(distances_gpu, "PROGRAMS", 10**6)
     mask = BlockMask.from_expr(Full(), 67, 101, 32, 48)
-    compare(mask, given((67, 101), (BUCKETS, N)), score_mod=buckets)
+    assert_as_dense(mask, given((67, 101), (BUCKETS, N)), score_mod=buckets)
 
 
 def test_logarithms_in_bfloat16_under_a_symbolic_mask_and_segments():
     ids = np.repeat([[0, 1, 2], [5, 5, 9]], [40, 3, 94], axis=1)
     mask = Causal() & SlidingWindow(90)
-    compare(mask, given((137, 137), (N,), jnp.bfloat16), ratio=1e-2, score_mod=logarithms, segment_ids=ids)
+    assert_as_dense(mask, given((137, 137), (N,), jnp.bfloat16), ratio=1e-2, score_mod=logarithms, segment_ids=ids)
 
 
 def test_everything_that_logits_have():
@@ -71,7 +71,7 @@ def test_everything_that_logits_have():
     more = {"kv_bias": jnp.asarray(rng.standard_normal((B, K, 71))), "sinks": jnp.asarray(rng.standard_normal(N))}
     more |= {"logits_soft_cap": 2.0, "dropout_rate": 0.3, "dropout_seed": 7}
     mask = BlockMask.from_expr(Causal(offset=9), *lengths, 32, 16)
-    compare(mask, given(lengths, (BUCKETS, N)), score_mod=buckets, **more)
+    assert_as_dense(mask, given(lengths, (BUCKETS, N)), score_mod=buckets, **more)
 
 
 def near(score, b, h, q_pos, kv_pos, table, order):
@@ -88,7 +88,7 @@ def test_lists_of_rows_and_heads(list_rows, list_heads, programs, monkeypatch):
     kinds = np.random.default_rng(3).integers(0, 3, (list_rows, list_heads, 3, 4)).astype(np.int8)
     kinds[-1, -1] = kinds[:, 0, 1] = 0
     mask = BlockMask.from_map(kinds, 67, 101, 32, 32, mask=Causal(offset=30))
-    compare(mask, given((67, 101), (N, 211)), score_mod=near)
+    assert_as_dense(mask, given((67, 101), (N, 211)), score_mod=near)
 
 
 def test_traced_lists_serve_every_selection():
@@ -239,7 +239,7 @@ def test_a_few_queries_read_their_keys_whole():
     def last(score, b, h, q_pos, kv_pos, table, order):
         return score + table[h, kv_pos - q_pos + 3]
 
-    compare(Full(), arguments, score_mod=last)
+    assert_as_dense(Full(), arguments, score_mod=last)
 
 
 def test_numbers_whose_gradient_is_too_large():

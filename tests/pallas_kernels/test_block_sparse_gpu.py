@@ -55,7 +55,7 @@ def results(implementation, block_mask, arguments, **options):
     return *aux, *gradients
 
 
-def compare(block_mask, arguments, *, ratio=1e-5, **options):
+def assert_as_dense(block_mask, arguments, *, ratio=1e-5, **options):
     got = results("interpret", block_mask, arguments, **options)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x), np.float64) for x in arguments]
@@ -77,7 +77,7 @@ def compare(block_mask, arguments, *, ratio=1e-5, **options):
     ids=["causal", "window in documents", "documents", "all", "a rule of heads, rows that see nothing"],
 )
 def test_symbolic_masks(mask, lengths, options):
-    compare(mask, arrays(*lengths, 24, 16), **options)
+    assert_as_dense(mask, arrays(*lengths, 24, 16), **options)
 
 
 @pytest.mark.parametrize(
@@ -96,17 +96,17 @@ def test_a_few_queries_read_parts_of_many_keys(mask, q_len):
 
     ids = np.repeat([[0, 1], [1, 1]], [1000, 3096], axis=1)
     more = {"kv_bias": jnp.cos(jnp.arange(B * K * 4096.0)).reshape(B, K, 4096), "sinks": jnp.linspace(-1, 1, N)}
-    compare(mask, arguments, score_mod=score_mod, segment_ids=(np.ones((B, q_len), int), ids), **more)
+    assert_as_dense(mask, arguments, score_mod=score_mod, segment_ids=(np.ones((B, q_len), int), ids), **more)
 
 
 def test_dropout():
-    compare(Causal() & SlidingWindow(90), arrays(151, 151, 24, 16), dropout_rate=0.3, dropout_seed=2**32 - 5)
+    assert_as_dense(Causal() & SlidingWindow(90), arrays(151, 151, 24, 16), dropout_rate=0.3, dropout_seed=2**32 - 5)
 
 
 @pytest.mark.parametrize("widths", [(16, 32), (136, 200)])
 def test_bfloat16(widths):
     """The loss too reads rounded outputs."""
-    compare(Causal(), arrays(151, 151, *widths, jnp.bfloat16), ratio=1e-2)
+    assert_as_dense(Causal(), arrays(151, 151, *widths, jnp.bfloat16), ratio=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_bfloat16(widths):
 )
 def test_blocks_of_any_size(lengths, blocks):
     mask = BlockMask.from_expr(Causal(offset=9) & SlidingWindow(300), *lengths, *blocks)
-    compare(mask, arrays(*lengths, 16, 16))
+    assert_as_dense(mask, arrays(*lengths, 16, 16))
 
 
 def test_traced_lists_of_heads_serve_every_selection():
@@ -141,7 +141,7 @@ def test_alibi_through_a_table_of_heads_under_a_cap():
     def score_mod(score, b, h, q_pos, kv_pos, slopes, order):
         return score - 0.05 * slopes[order[h]] ** 2 * jnp.abs(q_pos - kv_pos)
 
-    compare(Causal(), arrays(83, 83, 16, 16), score_mod=score_mod, logits_soft_cap=3.0)
+    assert_as_dense(Causal(), arrays(83, 83, 16, 16), score_mod=score_mod, logits_soft_cap=3.0)
 
 
 def test_batches_of_calls():

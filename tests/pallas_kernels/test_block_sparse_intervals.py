@@ -8,7 +8,7 @@ import pytest
 
 from jattn.masks import Causal, Chunked, Full, SlidingWindow, Stride
 from pallas_kernels.block_sparse import intervals
-from tests.pallas_kernels.test_block_sparse import CUT, TWO_WALKS, WIDE_UNITS, compare, of_mask, operands
+from tests.pallas_kernels.test_block_sparse import CUT, TWO_WALKS, WIDE_UNITS, assert_as_dense, of_mask, operands
 
 ONE_STRIP = dataclasses.replace(CUT, strip=256)
 T, S = 307, 451
@@ -115,7 +115,9 @@ IDS = tuple(np.stack([(SEGMENTS | OUT_OF_ORDER | WIDE)[name][side] for name in N
 def test_segments(mask, cut, more):
     arguments, cotangents = operands(len(NAMES), T, S, 2, 1, 16, 16, **more)
     kinds = np.minimum(of_mask(mask, T, S), 1)
-    compare(arguments, cotangents, mask, kinds, cut=cut, segments=tuple(jnp.asarray(ids, jnp.int32) for ids in IDS))
+    assert_as_dense(
+        arguments, cotangents, mask, kinds, cut=cut, segments=tuple(jnp.asarray(ids, jnp.int32) for ids in IDS)
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,19 +146,19 @@ def test_masks(mask, lengths, cut):
     """Of tiles that are open or hidden but for a pair. Where lists say so a block is full, whatever the mask says."""
     kinds = of_mask(mask, *lengths)
     kinds[0, 0, 1, -1] = kinds[0, 0, 0, 0] = 2
-    compare(*operands(1, *lengths, 2, 1, 16, 16), mask, kinds, cut=cut)
+    assert_as_dense(*operands(1, *lengths, 2, 1, 16, 16), mask, kinds, cut=cut)
 
 
 def test_a_ragged_block_that_lists_call_full():
     """Whatever the mask says, though both ends of its intervals are in there."""
     kinds = of_mask(SlidingWindow(0), T, S)
     kinds[0, 0, 2, 1] = 2
-    compare(*operands(1, T, S, 2, 1, 16, 16), SlidingWindow(0), kinds, cut=ONE_STRIP)
+    assert_as_dense(*operands(1, T, S, 2, 1, 16, 16), SlidingWindow(0), kinds, cut=ONE_STRIP)
 
 
 def test_bfloat16_and_queries_that_see_nothing():
     """Neither keys nor, where it is -inf, a sink."""
     arguments, cotangents = operands(1, T, S, 2, 1, 128, 128, dtype=jnp.bfloat16, sinks=(2,))
     arguments["sinks"] = jnp.asarray([-jnp.inf, 0.3])
-    got = compare(arguments, cotangents, Causal(-150) & SlidingWindow(250), cut=WIDE_UNITS, ratio=5e-3)
+    got = assert_as_dense(arguments, cotangents, Causal(-150) & SlidingWindow(250), cut=WIDE_UNITS, ratio=5e-3)
     np.testing.assert_array_equal(got["lse"][0, :150], np.broadcast_to(np.float32([-np.inf, 0.3]), (150, 2)))

@@ -30,7 +30,7 @@ def random_mask(rng: np.random.Generator, *lists: int, q_len: int = T, kv_len: i
     return mask
 
 
-def check_lists(block_mask: BlockMask, kinds: np.ndarray, exact: bool = True) -> None:
+def assert_lists(block_mask: BlockMask, kinds: np.ndarray, exact: bool = True) -> None:
     """The invariants of the data structure, for the kinds `[Bm, Nm, nq, nk]` that it should hold."""
     block_mask = jax.tree.map(np.asarray, block_mask)
     for idx, n_partial, n_total, bank, wanted in (
@@ -50,7 +50,7 @@ def check_lists(block_mask: BlockMask, kinds: np.ndarray, exact: bool = True) ->
             assert listed == partial + full + [last] * (len(listed) - n_total[at])
 
 
-def check_work_lists(block_mask: BlockMask, kinds: np.ndarray) -> None:
+def assert_work_lists(block_mask: BlockMask, kinds: np.ndarray) -> None:
     """Sorted, partial before full, no pair twice, every row (or column) at least once, nothing else."""
     for transposed in (False, True):
         steps = jax.tree.map(np.asarray, block_mask.work_list(transposed))
@@ -86,8 +86,8 @@ def test_a_symbolic_mask(mask: Mask, block_q: int, block_kv: int):
     if S % block_kv:
         kinds[:, -1] = np.minimum(kinds[:, -1], 1)
     np.testing.assert_array_equal(block_mask.to_map(), kinds[None, None])
-    check_lists(block_mask, kinds[None, None])
-    check_work_lists(block_mask, kinds[None, None])
+    assert_lists(block_mask, kinds[None, None])
+    assert_work_lists(block_mask, kinds[None, None])
     assert block_mask.density == (kinds > 0).mean()
     assert block_mask.num_steps == np.maximum((kinds > 0).sum(axis=1), 1).sum()
 
@@ -100,8 +100,8 @@ def test_a_dense_mask(seed: int, block_q: int, block_kv: int, lists: tuple[int, 
     static = BlockMask.from_dense(mask, block_q, block_kv)
     np.testing.assert_array_equal(static.to_dense(), wanted)
     kinds = np.asarray(static.to_map())
-    check_lists(static, kinds)
-    check_work_lists(static, kinds)
+    assert_lists(static, kinds)
+    assert_work_lists(static, kinds)
     if T % block_q:
         assert (kinds[:, :, -1] < 2).all()
 
@@ -115,8 +115,8 @@ def test_a_traced_dense_mask(lists: tuple[int, ...], block_q: int, block_kv: int
     assert not dynamic.is_static
     np.testing.assert_array_equal(dynamic.to_dense(), static.to_dense())
     kinds = np.asarray(static.to_map())
-    check_lists(dynamic, kinds, exact=False)
-    check_work_lists(dynamic, kinds)
+    assert_lists(dynamic, kinds, exact=False)
+    assert_work_lists(dynamic, kinds)
     assert dynamic.num_steps == kinds.shape[2] * kinds.shape[3]
     assert float(dynamic.density) == pytest.approx(static.density)
 
@@ -146,7 +146,7 @@ def test_a_traced_map_has_the_width_that_is_given():
     )
     assert (traced.kv_idx.shape[-1], traced.q_idx.shape[-1]) == (3, 4)
     np.testing.assert_array_equal(traced.to_dense(), wanted.to_dense())
-    check_lists(traced, wanted.to_map(), exact=False)
+    assert_lists(traced, wanted.to_map(), exact=False)
 
 
 def test_a_map_with_a_bank_of_its_own():
@@ -242,7 +242,7 @@ def test_indices(mask: Mask | None, traced: bool):
     wanted = listed.repeat(4, 2).repeat(4, 3)[..., :T, :S] & (Full() if mask is None else mask).dense(T, S)
     np.testing.assert_array_equal(block_mask.to_dense(), wanted)
     assert block_mask.kv_idx.shape[-1] <= 4
-    check_work_lists(block_mask, np.asarray(block_mask.to_map()))
+    assert_work_lists(block_mask, np.asarray(block_mask.to_map()))
 
 
 def test_traced_repeats_count_once():
@@ -271,7 +271,7 @@ def test_segments(seed: int, block_q: int, block_kv: int, ordered: bool):
     assert (kinds <= old).all()
     up = kinds.repeat(block_q, 2).repeat(block_kv, 3)[..., :T, :S]
     assert np.broadcast_to(same, up.shape)[up == 2].all()  # what stays full is of one segment
-    check_lists(after, kinds)
+    assert_lists(after, kinds)
     shifted = before.refine_segments(q_ids + 1000, kv_ids + 1000)
     np.testing.assert_array_equal(shifted.to_map(), kinds)
 
@@ -283,7 +283,7 @@ def test_traced_segments():
     after = jax.jit(BlockMask.refine_segments)(before, q_ids, kv_ids)
     wanted = before.refine_segments(q_ids, kv_ids)
     np.testing.assert_array_equal(after.to_dense(), wanted.to_dense())
-    check_lists(after, wanted.to_map(), exact=False)
+    assert_lists(after, wanted.to_map(), exact=False)
     assert after.kv_idx.shape[-1] == before.kv_idx.shape[-1]
 
 

@@ -62,7 +62,9 @@ def both(op: Any, x: list[np.ndarray], fixed: dict[str, Any], trained: dict[str,
     return out, gradients
 
 
-def check(devices: dict[str, int], make: Any, x: list[np.ndarray], ids: Any = None, trained: Any = None, **options):
+def assert_as_one_device(
+    devices: dict[str, int], make: Any, x: list[np.ndarray], ids: Any = None, trained: Any = None, **options
+):
     """`make(query, key)` gives the mask, inside of the program; axes are named as the arguments that they split."""
 
     def on_one(query: Any, key: Any, value: Any, **given: Any) -> Any:
@@ -86,7 +88,7 @@ def test_static_lists_with_everything_that_a_call_can_have():
     lists = BlockMask.from_expr(RULE, T, T, 6, 8)
     trained = {"sinks": SINKS, "captured": (SLOPES,), "kv_bias": BIAS}
     options = {"score_mod": alibi, "logits_soft_cap": 1.7, "scale": 0.9}
-    check({"context": 4}, lambda *_: lists, arrays(), SEGMENTS, trained, **options)
+    assert_as_one_device({"context": 4}, lambda *_: lists, arrays(), SEGMENTS, trained, **options)
 
 
 @pytest.mark.parametrize("devices", [{"context": 8}, {"context": 4, "heads": 2}], ids=str)
@@ -94,7 +96,7 @@ def test_chosen_blocks_of_every_head_under_a_soft_cap_without_a_rule(devices):
     idx = np.argsort(np.random.default_rng(1).random((1, N, 16, 7)), axis=-1)[..., :3]
     num = np.random.default_rng(2).integers(0, 4, (1, N, 16))
     lists = BlockMask.from_indices(idx, T, T, 3, 7, num=num)
-    check(devices, lambda *_: lists, arrays(), trained={"kv_bias": BIAS}, logits_soft_cap=1.3)
+    assert_as_one_device(devices, lambda *_: lists, arrays(), trained={"kv_bias": BIAS}, logits_soft_cap=1.3)
 
 
 def test_blocks_that_the_program_selects():
@@ -103,14 +105,14 @@ def test_blocks_that_the_program_selects():
         idx, num = select_topk(jnp.einsum("bqnh,bknh->bnqk", pool_blocks(query, 6), keys), 4)
         return BlockMask.from_indices(idx, T, T, 6, 8, num=num, mask=Causal(2))
 
-    check({"batch": 2, "context": 4}, select, arrays(), trained={"sinks": SINKS})
+    assert_as_one_device({"batch": 2, "context": 4}, select, arrays(), trained={"sinks": SINKS})
 
 
 def test_a_bank_of_documents():
     ids = documents([2, 21, 9, 16])
     bank = create_block_mask(lambda b, h, q, k: (ids[q] == ids[k]) & (q >= k) & (k > b), B, None, T, T, 3, 5)
     assert bank.bank is not None
-    check({"context": 4}, lambda *_: bank, arrays(), logits_soft_cap=2.0)
+    assert_as_one_device({"context": 4}, lambda *_: bank, arrays(), logits_soft_cap=2.0)
 
 
 def test_full_blocks_are_full_whatever_the_rule_says_of_them():
@@ -118,7 +120,7 @@ def test_full_blocks_are_full_whatever_the_rule_says_of_them():
     kinds = RANDOM.integers(0, 3, (B, K, 12, 8))
     assert ((kinds == 2) & (Causal(3).block_kinds(T, 60, 4, 8) != 2)).any()
     lists = BlockMask.from_map(kinds, T, 60, 4, 8, mask=Causal(3))
-    check({"context": 4}, lambda *_: lists, arrays(60))
+    assert_as_one_device({"context": 4}, lambda *_: lists, arrays(60))
 
 
 @pytest.mark.parametrize(
