@@ -174,8 +174,11 @@ def _chip(kind: str) -> _Chip:
 
 
 def _within(length: int, block: int) -> int:
-    """`block`, or the length in whole lanes if that is shorter."""
-    return min(block, _whole(length))
+    """`block`, or the length in whole lanes if that is shorter, and in twice as many if it is long.
+
+    Of an odd number of lanes tiles would be 128 keys: 1400 tokens take 1.7 to 1.9 times as long on v6e as in 1536.
+    """
+    return min(block, _whole(length) if length <= STRIP else -(-length // (2 * LANES)) * 2 * LANES)
 
 
 def _whole(length: int) -> int:

@@ -100,6 +100,7 @@ def test_tiles_make_up_strips_and_strips_blocks(kind, dtype):
         assert cut.block_kv % cut.strip == 0
         for tile in (cut.forward, cut.backward, *(cut.turned or ())):
             assert cut.strip % tile.kv == 0
+            assert tile.kv % 256 == 0 or cut.block_kv < 1280
             assert cut.block_q % tile.q == 0
         assert cut.turned is None or len({tile.q for tile in cut.turned}) == 1
 
