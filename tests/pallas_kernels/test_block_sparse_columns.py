@@ -59,7 +59,7 @@ def test_bfloat16(walks, widths):
     assert walks == {"columns"}
 
 
-def test_traced_lists_of_batch_rows_and_heads(walks):
+def test_lists_of_batch_rows_and_heads(walks):
     """Full blocks, masked ones, some listed twice over for other heads, and a row of blocks that no list names."""
     kinds = np.random.default_rng(3).choice(3, (2, 2, 2, 2)).astype(np.int32)
     kinds[0, 1, 1] = 0
