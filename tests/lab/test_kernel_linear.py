@@ -6,14 +6,16 @@ import re
 
 import pytest
 
+MEASURED = ("v5e",)
+"""TPUs whose figures are read below; for the others to compile is enough."""
+
 
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_family_compiles(target, family):
-    rows = family("linear", target).rows
+    rows = family("linear", target, figures=target in MEASURED).rows
     forms = "constant", "scalar", "channel", "delta", "channel-delta"
     assert rows.keys() >= {f"{form}-{way}" for form in forms for way in ("forward", "backward")}
-    for row in rows.values():
-        assert all(kernel["step_bundles"] > 0 for kernel in row["kernels"])
+    assert all(row["compile_seconds"] > 0 for row in rows.values())
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+MEASURED = ("v5e", "v6e")
+"""TPUs whose figures are read below; for the others to compile is enough."""
+
 
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_the_family_compiles(target, family):
-    rows = family("neighborhood", target).rows
+    rows = family("neighborhood", target, figures=target in MEASURED).rows
     assert rows.keys() == {
         "image",
         "image-full",
         "video",
         *(f"nat-{i}{form}" for i in (1, 3) for form in ("", "-tiles")),
     }
-    for row in rows.values():
-        assert all(kernel["step_bundles"] > 0 for kernel in row["kernels"])
+    assert all(row["compile_seconds"] > 0 for row in rows.values())
 
 
 def test_windows_are_free_on_v6e(family):
