@@ -203,7 +203,9 @@ def test_ring_for_more_keys_than_queries():
     assert_close(value_and_gradients(sharded, x, None), alone(dot_product_attention, {}, x, None))
 
 
-def refused(op: Any, message: str, error: Any = NotImplementedError, length: int = T, axes: Any = None, **given: Any):
+def assert_refused(
+    op: Any, message: str, error: Any = NotImplementedError, length: int = T, axes: Any = None, **given: Any
+):
     """A call with `context` over four devices that must say `message`."""
     arrays = {name: given.pop(name) for name in (*ARRAYS, "slope") if name in given}
     x = {**make(length), **{name: given.pop(name) for name in ("query", "key", "value") if name in given}}
@@ -253,4 +255,4 @@ def test_what_is_not_made_says_so(op, message, error, given):
     given = dict(given)
     if given.get("length") == 2 * T:
         given["query"] = make()["query"]
-    refused(op, message, error, **given)
+    assert_refused(op, message, error, **given)

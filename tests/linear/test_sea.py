@@ -576,7 +576,8 @@ def test_other_refusals():
         with pytest.raises(ValueError, match=message):
             init_sea_params(jax.random.key(0), **{"num_heads": 2, "head_dim": 4, **options})
     with pytest.raises(ValueError, match=r"teacher_logits: expected \[B, N, T, T\] with T = 23"):
-        jax.eval_shape(lambda: sea_distillation_loss(Q, KEY, VALUE, CAUSAL, dense_scores()[..., 1:], VALUE, k_budget=3))
+        # Before the attention is made, for which weights are missing here.
+        sea_distillation_loss(Q, KEY, VALUE, None, np.zeros((B, N, T, T - 1), np.float32), VALUE, k_budget=3)
 
 
 def test_weights_start_as_the_released_code_starts_them():
