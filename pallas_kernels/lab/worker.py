@@ -1,7 +1,7 @@
-"""One case in a process of its own: compile it, read its dump, write what was found as JSON.
+"""The process that compilers run in: it compiles the cases it is asked for, reads their dumps, answers with JSON.
 
-libtpu and XLA read their dump flags once, when they load, so a process compiles one program; a crash of the compiler is
-then the failure of one case.
+libtpu and XLA read their dump flags once, when they load, so with a dump a process compiles one program. A crash of the
+compiler is the failure of one case.
 """
 
 from __future__ import annotations
@@ -84,20 +84,22 @@ def measure(case: Case, target: str, dump: Path | None) -> dict[str, Any]:
     return found
 
 
-def main(source: str, target: str, name: str, dump: str, result: str) -> None:
-    """`dump` may be empty: compile only."""
+def main(source: str, target: str, dump: str) -> None:
+    """Answer every case that is named on a line of the standard input with a line of JSON. `dump` may be empty."""
+    # Compilers print what they like; their lines go where errors go.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     chips.prepare_environment()
-    try:
-        case = load(source, target)[name]
-        found = measure(case, target, Path(dump) if dump else None)
-    except DumpError as error:
-        found = {"error": f"dump: {error}"}
-    except Exception as error:
-        traceback.print_exc()
-        found = {"error": f"{type(error).__name__}: {str(error).strip()}"}
-    Path(result).write_text(json.dumps(found))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    cases = load(source, target)
+    for line in sys.stdin:
+        try:
+            found = measure(cases[line.rstrip("\n")], target, Path(dump) if dump else None)
+        except DumpError as error:
+            found = {"error": f"dump: {error}"}
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {str(error).strip()}"}
+        print(json.dumps(found), file=answers, flush=True)
     os._exit(0)  # libtpu's handlers at exit can hang
 
 

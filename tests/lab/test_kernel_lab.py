@@ -160,6 +160,34 @@ def test_failures_are_rows_with_their_reasons(target, capsys):
     assert "[2/2]" in shown.err
 
 
+PROCESSES = """\
+import os
+import jax.numpy as jnp
+from pallas_kernels.lab import Case
+
+def tells(x):
+    raise NotImplementedError(os.getpid())
+
+def dies(x):
+    os._exit(3)
+
+def cases(target):
+    x = (jnp.zeros((8, 128)),)
+    return {str(n): Case(dies if n == 3 else tells, x) for n in range(8)}
+"""
+
+
+def test_cases_share_processes_and_one_that_dies_fails_alone(tmp_path):
+    (tmp_path / "processes.py").write_text(PROCESSES)
+    path = tmp_path / "figures.json"
+    assert main(["compile", "--module", str(tmp_path / "processes.py"), "--targets", "v5e", "--json", str(path)]) == 1
+    rows = {row["case"]: row["error"] for row in json.loads(path.read_text())["rows"]}
+    assert "ended with code 3" in rows.pop("3")
+    assert len(rows) == 7
+    assert all(error.startswith("NotImplementedError: ") for error in rows.values())
+    assert len(set(rows.values())) <= 3  # of two, and of one in the place of that which died
+
+
 @pytest.mark.parametrize("target", ["v6e", "h100"])
 def test_a_program_without_a_kernel_is_a_failure(target):
     assert row(target, "xla")["error"] == "dump: the program calls no Pallas kernel"

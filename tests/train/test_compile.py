@@ -155,6 +155,22 @@ def test_a_step_that_fits(host_devices, capsys, tmp_path):
     assert "all-reduce" in shown
 
 
+@pytest.mark.parametrize(("flags", "options"), [((), None), (("--quick",), {"optimization_level": "O1"})])
+def test_quick_asks_less_of_the_compiler_and_says_so(flags, options, host_devices, monkeypatch, capsys):
+    host_devices(1 << 30)
+    asked = []
+
+    class Lowered:
+        def compile(self, options):
+            asked.append(options)
+            return jax.jit(lambda: 0).lower().compile(options)
+
+    monkeypatch.setattr(ahead, "_lower", lambda *arguments: Lowered())
+    assert command_or_code(["tiny", *flags, "--topology", "host"]) == 0
+    assert asked == [options]
+    assert ("without --quick" in capsys.readouterr().out) == bool(flags)
+
+
 def test_a_step_that_does_not_fit_says_what_would_change_that(host_devices, capsys):
     host_devices(1 << 16)
     assert command_or_code(["tiny", "--topology", "host"]) == 1
@@ -227,7 +243,7 @@ def test_a_compiler_that_runs_out_of_memory_is_a_verdict(host_devices, monkeypat
     host_devices(16 << 30)
 
     class Lowered:
-        def compile(self):
+        def compile(self, options):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 22.50G of 15.75G hbm.")
 
     monkeypatch.setattr(ahead, "_lower", lambda *arguments: Lowered())
