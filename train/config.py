@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import io
+import itertools
 import json
 import os
 import pkgutil
@@ -323,6 +324,7 @@ def _recipe(name: str) -> Mapping[str, Any]:
 
 def parse_overrides[Config: CommonConfig](config: Config, arguments: list[str]) -> Config:
     """`config` with command-line overrides such as `--model.width 64`; `--help` prints them all and exits."""
+    config = _without_options_of_others(config, arguments)
     known = set(_flags(config))
     for argument in arguments:
         if not argument.startswith("--") or argument == "--help":
@@ -335,6 +337,21 @@ def parse_overrides[Config: CommonConfig](config: Config, arguments: list[str]) 
     from tyro.conf import AvoidSubcommands  # a field of several types keeps the type that the recipe gave it
 
     return parse_arguments(AvoidSubcommands[type(config)], arguments, "run RECIPE", default=config)  # type: ignore[misc]
+
+
+def _without_options_of_others[Config: CommonConfig](config: Config, arguments: list[str]) -> Config:
+    """`config` without the options of mixers that are in its recipe's pattern and not in the one that is asked for."""
+    pattern: list[str] | None = None
+    for place, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--model.pattern":
+            later = itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
+            pattern = [value] if value else list(later)
+    model: Any = config.model
+    if pattern is None or not getattr(model, "mixer_options", None):
+        return config
+    kept = {name: options for name, options in model.mixer_options.items() if name in pattern}
+    return dataclasses.replace(config, model=dataclasses.replace(model, mixer_options=kept))
 
 
 def parse_arguments(target: Callable[..., Any], arguments: list[str], verb: str, **options: Any) -> Any:

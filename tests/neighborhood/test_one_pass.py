@@ -217,7 +217,8 @@ def test_nan_beyond_an_image_is_not_met():
 @pytest.mark.parametrize("case", [0, 4, 5, 7])
 def test_natten_gives_the_same(case):
     """Those of its cases that are done in one pass: a line, all of a grid, blocks, groups with additional tokens."""
-    file = np.load(GOLDEN)
+    with np.load(GOLDEN) as archive:
+        file = dict(archive)
     config, prefix = json.loads(str(file["meta"]))["cases"][case], f"c{case}_"
     options = {name: tuple(config[name]) for name in ("kernel_size", "stride", "dilation", "is_causal")}
     names = {"q": "query", "k": "key", "v": "value", "additional_keys": "additional_keys"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.runs import TINY
+from tests.train.runs import HYBRID
 from train import loop, metrics
 from train.__main__ import main
 from train.compare import curves, with_mixer
@@ -221,7 +221,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(text) -> str:
-    return f"pydoc_lm --mixers softmax lightning+sliding_window --seeds 1 {TINY} {STEPS} --data.source {text}"
+    return f"pydoc_lm --mixers softmax lightning+sliding_window --seeds 1 {HYBRID} {STEPS} --data.source {text}"
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,18 @@ def test_overrides_are_typed_and_nested():
     assert untouched.data == load_recipe("pydoc_lm").data
 
 
+@pytest.mark.parametrize("words", ["--model.pattern softmax", "--model.pattern=softmax"])
+def test_another_pattern_leaves_the_options_of_its_mixers(words):
+    recipe = load_recipe("pydoc_lm")
+    config = parse_overrides(recipe, words.split())
+    assert config.model == dataclasses.replace(recipe.model, pattern=("softmax",), mixer_options={})
+    window = "--model.mixer-options.sliding-window.window 32"
+    turned = parse_overrides(recipe, f"--model.pattern sliding_window lightning {window}".split())
+    assert turned.model.mixer_options == {"sliding_window": {"window": 32}}
+    with pytest.raises(UserError, match=r"no field is called --model\.mixer-options\.sliding-window\.window"):
+        parse_overrides(recipe, f"{words} {window}".split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -71,8 +71,8 @@ def test_repeated_nans_stop_the_run_and_keep_the_batch(tmp_path, monkeypatch):
         loop.run(tiny("--guard.max-nonfinite 3"), tmp_path)
     kept = tmp_path / "bad_batch_step_00000011.npz"
     assert str(kept) in str(e.value)
-    batch = np.load(kept)
-    assert batch["tokens"].shape == (8, 32)
+    with np.load(kept) as batch:
+        assert batch["tokens"].shape == (8, 32)
     newest = int(sealed(tmp_path)[-1].parent.name[5:])
     assert 0 < newest <= 11
     assert all(np.isfinite(x).all() for x in final_arrays(tmp_path).values() if x.dtype.kind == "f")

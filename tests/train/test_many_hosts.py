@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.train.runs import (
+    HYBRID,
     ROOT,
     TINY,
     assert_same_bits,
@@ -65,7 +66,7 @@ def losses(workdir: Path) -> np.ndarray:
 def one_process(tmp_path_factory) -> Path:
     """Eight devices of one process."""
     workdir = tmp_path_factory.mktemp("one") / "run"
-    finish("run pydoc_lm", TINY, STEPS, f"--workdir {workdir}", devices=8)
+    finish("run pydoc_lm", HYBRID, STEPS, f"--workdir {workdir}", devices=8)
     return workdir
 
 
@@ -73,7 +74,7 @@ def one_process(tmp_path_factory) -> Path:
 def two_processes(tmp_path_factory) -> Path:
     """Four devices of each of two processes."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    processes = start_all(2, "run pydoc_lm", TINY, STEPS, f"--workdir {workdir}", devices=4)
+    processes = start_all(2, "run pydoc_lm", HYBRID, STEPS, f"--workdir {workdir}", devices=4)
     first, second = ends(processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert "after 24 steps" in first
@@ -97,7 +98,7 @@ def test_two_processes_have_the_curve_of_one(one_process, two_processes):
 
 
 def test_one_of_two_is_killed_and_the_run_goes_on_with_another_number_of_hosts(two_processes, tmp_path):
-    words = ("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}")
+    words = ("run pydoc_lm", HYBRID, STEPS, f"--workdir {tmp_path}")
     processes = start_all(2, *words, devices=4)
     wait_for(lambda: sealed(tmp_path), processes[0])
     processes[1].send_signal(signal.SIGKILL)
@@ -129,7 +130,7 @@ def test_one_of_two_is_killed_and_the_run_goes_on_with_another_number_of_hosts(t
 
 
 def test_a_signal_to_one_of_two_stops_both_at_the_same_step(two_processes, tmp_path):
-    words = ("run pydoc_lm", TINY, STEPS, f"--workdir {tmp_path}")
+    words = ("run pydoc_lm", HYBRID, STEPS, f"--workdir {tmp_path}")
     processes = start_all(2, *words, devices=4)
     wait_for(lambda: sealed(tmp_path), processes[0])
     processes[1].send_signal(signal.SIGTERM)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import STEPS, TINY, assert_same_bits, finish, rows, sealed, start, wait_for
+from tests.train.runs import HYBRID, STEPS, TINY, assert_same_bits, finish, rows, sealed, start, wait_for
 from train import loop, trainer
 from train.__main__ import main
 from train.config import load_recipe, parse_overrides
 
-RUN = f"run pydoc_lm {TINY} {STEPS} --data.source pydoc --optimizer.name muon --sample.prompts The"
+RUN = f"run pydoc_lm {HYBRID} {STEPS} --data.source pydoc --optimizer.name muon --sample.prompts The"
 
 
 @pytest.fixture(scope="module")
