@@ -32,8 +32,8 @@ USAGE = """\
 usage: python -m train compile RECIPE --topology NAME [--quick] [--json FILE] [overrides]
 
   --topology NAME   v5e:2x4, v5p:8x8x8, v6e:16x16, v4:4x4x4, tpu7x:2x2x1 and so on; v5e-8 and v6e-256 by chips; h100:8
-  --quick           let the compiler try less: an answer in a third of the time on TPUs, memory within some percent,
-                    collectives not as a run would have them
+  --quick           let the compiler try less: an answer in less than half of the time on TPUs, memory within some
+                    percent, collectives not as a run would have them
   --json FILE       also write the figures there
 
 Exit code 0 if the run fits, 1 if it does not, 2 for a mistake. Overrides: python -m train run RECIPE --help

@@ -1,7 +1,7 @@
 """Whole pods, compiled by libtpu and XLA:GPU on a machine that has neither; `make lab` installs both.
 
 A pod takes a minute or more, so each is compiled once and every test reads the same report. One is compiled as a run
-would be; the others take a third of that by `--quick`.
+would be, the others by `--quick`.
 """
 
 from __future__ import annotations

@@ -177,15 +177,23 @@ def cases(target):
 """
 
 
+def errors(verb, module, folder, only="*"):
+    path = folder / "figures.json"
+    arguments = ["--module", str(module), "--targets", "v5e", "--only", only, "--json", str(path)]
+    assert main([verb, *arguments]) == 1
+    return {row["case"]: row["error"] for row in json.loads(path.read_text())["rows"]}
+
+
 def test_cases_share_processes_and_one_that_dies_fails_alone(tmp_path):
-    (tmp_path / "processes.py").write_text(PROCESSES)
-    path = tmp_path / "figures.json"
-    assert main(["compile", "--module", str(tmp_path / "processes.py"), "--targets", "v5e", "--json", str(path)]) == 1
-    rows = {row["case"]: row["error"] for row in json.loads(path.read_text())["rows"]}
+    module = tmp_path / "processes.py"
+    module.write_text(PROCESSES)
+    rows = errors("compile", module, tmp_path)
     assert "ended with code 3" in rows.pop("3")
     assert len(rows) == 7
     assert all(error.startswith("NotImplementedError: ") for error in rows.values())
     assert len(set(rows.values())) <= 3  # of two, and of one in the place of that which died
+    # A dump is that of a process.
+    assert len(set(errors("report", module, tmp_path, "[0-2]").values())) == 3
 
 
 @pytest.mark.parametrize("target", ["v6e", "h100"])

@@ -156,7 +156,7 @@ def test_values_share_the_width_however_small_the_states_are():
 
 def test_softmax_with_narrow_keys_decodes_as_it_is_trained(x):
     mixer = filled(SoftmaxDSFMixer(WIDTH, num_heads=2, num_kv_heads=1, head_dim=2, rngs=nnx.Rngs(0)))
-    protocol.test_prefill_then_decode_is_the_parallel_forward(mixer, x)
+    protocol.assert_decodes_as_it_is_trained(mixer, x)
 
 
 # Sizes and starting values

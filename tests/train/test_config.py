@@ -58,6 +58,8 @@ def test_another_pattern_leaves_the_options_of_its_mixers(words):
     window = "--model.mixer-options.sliding-window.window 32"
     turned = parse_overrides(recipe, f"--model.pattern sliding_window lightning {window}".split())
     assert turned.model.mixer_options == {"sliding_window": {"window": 32}}
+    alone = parse_overrides(recipe, ["--model.pattern=sliding_window"])
+    assert alone.model.mixer_options == recipe.model.mixer_options
     with pytest.raises(UserError, match=r"no field is called --model\.mixer-options\.sliding-window\.window"):
         parse_overrides(recipe, f"{words} {window}".split())
 
