@@ -35,7 +35,7 @@ train: setup ## train the byte-level language model of Python's own documentatio
 
 test: setup lint ## all checks and tests
 	@start=$$SECONDS; echo "Running the tests"; \
-	$(RUN) -m pytest --ignore tests/lab -n auto --dist worksteal; status=$$?; \
+	$(RUN) -m pytest -p tests.cores --ignore tests/lab -n auto --dist worksteal; status=$$?; \
 	echo "Tests took $$((SECONDS - start)) s"; exit $$status
 
 lab: ## compile for TPU pods and H100 with neither present
