@@ -48,7 +48,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
 
 
 def start(*words: str, devices: int = 1, **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(*words),
         cwd=ROOT,
         env=environment(devices, **more),
@@ -56,6 +56,10 @@ def start(*words: str, devices: int = 1, **more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+    if hasattr(os, "sched_setaffinity"):
+        # On the one core that `tests.cores` leaves to this process several of a run would wait for one another.
+        os.sched_setaffinity(process.pid, range(os.cpu_count() or 1))
+    return process
 
 
 def finish(*words: str, **options) -> str:
