@@ -8,10 +8,8 @@ serve a whole program: tests that compile much take a fifth less time. Where cor
 import contextlib
 import os
 
-import pytest
 
-
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """After `conftest.py`, whose flags JAX reads when it starts."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
     if not workers or not hasattr(os, "SCHED_IDLE"):  # no worker, or no Linux
