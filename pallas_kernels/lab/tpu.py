@@ -153,6 +153,7 @@ def _step(read: Schedule, chip: Chip, step: np.ndarray, hot: np.ndarray, turn: R
         "step_spill_loads": int(step[1 + UNITS.index("VLOAD:FILL")]),
         "busiest_unit": busiest,
         "busiest_percent": 100 * bounds[busiest] / step[0],
+        "units": {unit: float(100 * bound / step[0]) for unit, bound in bounds.items()},
         "hot_bundles": int(hot[0]),
         "hot_matmul_percent": 100 * hot[_MATMUL] / read.capacity["MATMUL"] / hot[0],
         "seconds": float(step[0]) * turn.trips / chip.clock_hz if turn.counted else None,

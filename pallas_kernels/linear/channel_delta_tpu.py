@@ -35,7 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.linear import channel_decays as decays
 from pallas_kernels.linear import walk
 from pallas_kernels.linear.channel_decays import SUBLANES, Decays, times, turned
-from pallas_kernels.linear.solve import ELIMINATED, unit_lower_inverse
+from pallas_kernels.linear.solve import SOLVED, unit_lower_inverse
 from pallas_kernels.linear.walk import Problem, dot
 
 DELAY = 3
@@ -246,7 +246,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         def first(chunks: Sequence[Any]) -> None:
             units = [(i, c, h) for i, c in enumerate(chunks) for h in heads]
             # A unit's queries ask once it is eliminated, a head a turn, for the joins leave the matrix units idle.
-            asked = (walk.delayed(ask(c, h), i * DELAY + 1 + ELIMINATED + h) for i, c, h in units)
+            asked = (walk.delayed(ask(c, h), i * DELAY + 1 + SOLVED + h) for i, c, h in units)
             walk.lockstep([*(walk.delayed(prepare(moderate, c, h), i * DELAY) for i, c, h in units), *asked])
 
         def last(chunks: Sequence[Any]) -> None:

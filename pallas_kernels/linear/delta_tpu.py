@@ -2,7 +2,7 @@
 
     A  = (k k^T) * pair, below the diagonal              r  = v - read * (k S)
     e  = r - A u                                         u  = beta * e
-    o  = scale [(q k^T) * pair | q * read] [u ; S]       S' = total S + (k * write)^T u
+    o  = scale ((q k^T) * pair u + read * (q S))         S' = total S + (k * write)^T u
 
 What the state already holds under a key is taken from the value before the system is solved, so that no large numbers
 are left to cancel. Forward, e = (I + A diag(beta))^-1 r, and beta is only ever a row: columns cost broadcasts along the
@@ -16,12 +16,14 @@ lanes. Backward, u = X (beta r) with X = (I + diag(beta) A)^-1, and with the gra
     dS  = total dS' + scale q^T (do * read) - k^T (dr * read)
 
 The compiler keeps the order of products. To solve a system is much elementwise work and few products, so the units are
-written side by side, each chunk `DELAY` turns behind the one before it: one is solved among the products of others.
+written side by side, each chunk `DELAY` turns behind the one before it: one is solved among the products of others. Two
+heads are solved at once, and in a turn they do the work of all chunks before the next two do: kinds of it alternate.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,11 +33,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import walk
-from pallas_kernels.linear.solve import ELIMINATED, unit_lower_inverse
+from pallas_kernels.linear.solve import SOLVED, Inverse, couples, unit_lower_inverses
 from pallas_kernels.linear.walk import Problem, dot
 
 DELAY = 3
-"""Turns between a chunk and the next; the state needs 2 of them."""
+"""Turns between a chunk and the next: a state, or its gradient, is read in the first and written in the third."""
 
 
 def _betas(p: Problem, ref: Any, width: int) -> Callable[[int, int], jax.Array]:
@@ -64,35 +66,46 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
 
     weights = walk.weights(p, gate_refs)
 
-    def unit(c: int, h: int) -> Iterator[None]:
-        w, k = weights(c, h), walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
-        pair = w.pair * beta_ref[0, 0, h : h + 1, c * size : (c + 1) * size]
+    def begin(c: int, h: int) -> tuple[jax.Array, list[jax.Array]]:
+        """L, and what is multiplied with u from the left."""
+        k = walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
+        pair = weights(c, h).pair * beta_ref[0, 0, h : h + 1, c * size : (c + 1) * size]
         queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
         alike, *scores = jnp.split(dot(jnp.concatenate([k, *queries], axis=0), k, (1, 1)), 1 + len(queries))
-        lhs = [(score * pair).astype(p.dtype) for score in scores]
         # The last row of `pair` is `write`.
-        writing = (k.T * pair[size - 1 :]).astype(p.dtype)
-        yield
-        solution = (yield from unit_lower_inverse(alike * pair, p.dtype)).astype(p.dtype)
+        lhs = [k.T * pair[size - 1 :], *(score * pair for score in scores)]
+        return alike * pair, [x.astype(p.dtype) for x in lhs]
+
+    def finish(c: int, h: int, inverse: Inverse, lhs: Sequence[jax.Array]) -> Iterator[None]:
+        w, k = weights(c, h), walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
         if keep and c % keep == 0:
             outs[2][0, c // keep, h] = state[h]
         v, read = walk.part(p, v_ref, c, h, p.value_width, step=step), w.read[:, : p.value_width]
-        entered = state[h].astype(p.dtype)
-        rest = (v - read * dot(k, entered)).astype(p.dtype)
+        queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
+        # Products that share their right side are one, which is pushed once.
+        of_state = dot(jnp.concatenate([k, *queries], axis=0), state[h].astype(p.dtype))
+        known, *asked = jnp.split(of_state, 1 + len(queries))
+        rest = v - read * known
         yield
-        error = dot(solution, rest).astype(p.dtype)
+        error = inverse.times(rest).astype(p.dtype)
         yield
-        state[h] = w.total[:, : p.value_width] * state[h] + dot(writing, error)
+        of_error = dot(jnp.concatenate(lhs, axis=0), error)
+        state[h] = w.total[:, : p.value_width] * state[h] + of_error[: p.width]
+        for i, (x, n) in enumerate(zip(asked, p.outputs(h), strict=True)):
+            out = read * x + of_error[p.width + i * size : p.width + (i + 1) * size]
+            walk.put(p, o_ref, c, n, out if p.scale == 1 else p.scale * out)
+
+    def unit(c: int, heads: Sequence[int]) -> Iterator[None]:
+        lowers, lhs = zip(*(begin(c, h) for h in heads), strict=True)
         yield
-        rhs = jnp.concatenate([error, entered], axis=0)
-        for q, a, n in zip(queries, lhs, p.outputs(h), strict=True):
-            out = dot(jnp.concatenate([a, (q * w.read[:, : p.width]).astype(q.dtype)], axis=1), rhs)
-            if p.scale != 1:
-                out *= p.scale
-            walk.put(p, o_ref, c, n, out)
+        inverses = yield from unit_lower_inverses(lowers, p.dtype)
+        yield from walk.together(finish(c, *one) for one in zip(heads, inverses, lhs, strict=True))
 
     with walk.carried(p, carried, s0_ref, end_ref) as state:
-        walk.lockstep(walk.delayed(unit(c, h), c * DELAY) for c in range(t.chunks) for h in range(t.heads))
+        # Later chunks first: what waits for the state is then last in its turn, and has the next turn to do so.
+        chunks = reversed(range(t.chunks))
+        units = [(c, heads) for heads, c in itertools.product(couples(t.heads), chunks)]
+        walk.lockstep(walk.delayed(unit(c, heads), c * DELAY) for c, heads in units)
 
 
 def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
@@ -111,20 +124,27 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     def key(c: int, h: int) -> jax.Array:
         return part(k_ref, c, h // p.shared, p.width)
 
-    def prepare(c: int, h: int) -> Iterator[None]:
-        alike = jnp.where(below, dot(key(c, h), key(c, h), (1, 1)) * weights(c, h).pair, 0)
-        pairs[c, h] = alike.astype(p.dtype)
+    def prepare(c: int, heads: Sequence[int]) -> Iterator[None]:
+        lowers = []
+        for h in heads:
+            alike = jnp.where(below, dot(key(c, h), key(c, h), (1, 1)) * weights(c, h).pair, 0)
+            pairs[c, h] = alike.astype(p.dtype)
+            lowers.append(betas(c, h)[:, :size] * alike)
         yield
-        inverse = yield from unit_lower_inverse(betas(c, h)[:, :size] * alike, p.dtype)
-        solutions[c, h] = inverse.astype(p.dtype)
-        yield from again(c, h)
+        inverses = yield from unit_lower_inverses(lowers, p.dtype)
+        for h, inverse in zip(heads, inverses, strict=True):
+            solutions[c, h] = inverse.matrix
+        yield from walk.together(again(c, h) for h in heads)
+
+    def solved(c: int, h: int) -> Inverse:
+        return Inverse(solutions[c, h], mirrored=h % 2 == 1)
 
     def again(c: int, h: int) -> Iterator[None]:
         w, k = weights(c, h), key(c, h)
         read = (k * w.read[:, : p.width]).astype(p.dtype)
         rest = part(v_ref, c, h, p.value_width) - dot(read, states[c, h].astype(p.dtype))
         yield
-        u = dot(solutions[c, h], (betas(c, h)[:, : p.value_width] * rest).astype(p.dtype))
+        u = solved(c, h).times(betas(c, h)[:, : p.value_width] * rest)
         rests[c, h] = rest
         written[c, h] = u.astype(p.dtype)
         yield
@@ -165,7 +185,7 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         queries = [part(q_ref, c, n, p.width) for n in p.queries(h)]
         gradients = [part(do_ref, c, m, p.value_width) for m in p.outputs(h)]
         yield
-        dy = dot(solutions[c, h], du.astype(p.dtype), (0, 0))
+        dy = solved(c, h).times(du, (0, 0))
         error = rests[c, h] - dot(pairs[c, h], u)
         yield
         dr = betas(c, h)[:, : p.value_width] * dy
@@ -209,13 +229,11 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
         for h in range(t.heads):
             states[0, h] = start_ref[0, 0, h]
         # A unit's queries ask once its elimination is over, a head a turn, for the joins leave the matrix units idle.
-        asked = (walk.delayed(ask(c, h), c * DELAY + ELIMINATED + h) for c, h in units)
-        walk.lockstep([*(walk.delayed(prepare(c, h), c * DELAY) for c, h in units), *asked])
-        # The gradient of the state is written in the third turn.
-        last = t.chunks - 1
-        walk.lockstep(
-            walk.delayed(turn(c, h), 2 * (last - c)) for c in reversed(range(t.chunks)) for h in range(t.heads)
-        )
+        asked = (walk.delayed(ask(c, h), c * DELAY + SOLVED + h) for c, h in units)
+        prepared = [walk.delayed(prepare(c, heads), c * DELAY) for c in range(t.chunks) for heads in couples(t.heads)]
+        walk.lockstep([*prepared, *asked])
+        units = [(c, h) for h in range(t.heads) for c in reversed(range(t.chunks))]
+        walk.lockstep(walk.delayed(turn(c, h), (t.chunks - 1 - c) * DELAY) for c, h in units)
 
 
 def forward(

@@ -222,11 +222,17 @@ def with_gaps(x: jax.Array, size: int, *, first: int = 1) -> jax.Array:
     return jnp.concatenate([y for strip in strips for y in ((gap, strip) if first else (strip, gap))], axis=0)
 
 
-def lockstep(streams: Iterable[Iterator[None]]) -> None:
+def together(streams: Iterable[Iterator[None]]) -> Iterator[None]:
     """Runs generators side by side, each to its next `yield`: what waits in one is hidden behind the others."""
     running = list(streams)
-    while running:
-        running = [stream for stream in running if next(stream, running) is None]
+    while running := [stream for stream in running if next(stream, running) is None]:
+        yield
+
+
+def lockstep(streams: Iterable[Iterator[None]]) -> None:
+    """Runs generators `together` to their ends."""
+    for _ in together(streams):
+        pass
 
 
 def delayed(stream: Iterator[None], turns: int) -> Iterator[None]:

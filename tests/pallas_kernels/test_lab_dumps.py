@@ -58,6 +58,8 @@ def test_a_step_leaves_out_what_only_the_first_one_runs():
     # Two MATMULs in either loop.
     assert found["step_matmul_slots"] == 5 * 2 + 3 * 2
     assert found["step_matmul_percent"] == pytest.approx(100 * 16 / 4 / found["step_bundles"])
+    assert found["units"]["MATMUL"] == found["step_matmul_percent"]
+    assert found["busiest_percent"] == found["units"][found["busiest_unit"]] == max(found["units"].values())
     assert [region["hot_bundles"] for region in found["hot_regions"]] == [10, 9]
     assert found["seconds"] == pytest.approx(3 * found["step_bundles"] / 1.5e9)
     assert found["complete"]
