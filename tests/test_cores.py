@@ -33,7 +33,10 @@ def test_every_worker_has_a_core_if_there_are_as_many(worker, workers, placed, m
 
 
 def test_a_sandbox_may_refuse(monkeypatch):
+    asked = []
+
     def refuses(*arguments):
+        asked.append(arguments)
         raise PermissionError
 
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
@@ -41,4 +44,6 @@ def test_a_sandbox_may_refuse(monkeypatch):
     monkeypatch.setattr(os, "SCHED_IDLE", 5, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", refuses, raising=False)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *arguments: asked.append(arguments), raising=False)
     cores.pytest_configure()
+    assert asked == [(0, {0})]  # and no lower priority on a core that others have too
