@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
 from pallas_kernels.linear import additive_gpu, additive_tpu, channel_gpu, channel_tpu, gates, programs, tiling
-from pallas_kernels.linear.call import Call, flat, gate_arrays, given_gates
+from pallas_kernels.linear.call import Call, channel_gates, flat, gate_arrays, given_gates
 from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
@@ -56,6 +56,7 @@ def linear_attention(
     heads, value_width = key.shape[2], value.shape[-1]
     per_token = (batch, length, heads)
     cut: Any = blocks
+    borders: tuple[Array, ...] = ()
     if platform in GPU:
         if log_decay.ndim == 4:
             cut = blocks or channel_gpu.choose(query.dtype)
@@ -66,10 +67,12 @@ def linear_attention(
     else:
         sizes = (batch, length, heads, query.shape[2] // heads, width, value_width, query.dtype)
         cut = blocks or tiling.choose(*sizes, of_channels=log_decay.ndim == 4)
-        log_decay = given_gates(log_decay, segment_ids, per_token=per_token, step=cut.forward.tokens)
+        if log_decay.ndim == 4:
+            log_decay, borders = channel_gates(log_decay, segment_ids, cut)
+        else:
+            log_decay = given_gates(log_decay, segment_ids, per_token=per_token, step=cut.forward.tokens)
     call = Call(scale, out_dtype or query.dtype, platform, cut)
-    operands = alike(query, key, value, log_decay, state)
-    return attend(call, *operands)
+    return attend(call, *alike(query, key, value, log_decay, state, *borders))
 
 
 def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platform = "tpu", blocks: Any = None) -> None:
@@ -121,7 +124,9 @@ def problem(call: Call, query: Array, key: Array, value: Array, log_decay: Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> Any:
+def _run(
+    call: Call, keep: bool, query: Array, key: Array, value: Array, log_decay: Array, state: Array, *borders: Array
+) -> Any:
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
         if log_decay.ndim == 4:
@@ -132,7 +137,7 @@ def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_dec
     options: dict[str, Any] = {"keep": keep, "out_dtype": call.out_dtype}
     heads = (flat(query), flat(key), flat(value))
     if log_decay.ndim == 4:
-        out, end, starts = channel_tpu.forward(p, *heads, flat(log_decay), state, **options)
+        out, end, starts = channel_tpu.forward(p, *heads, (flat(log_decay), *borders), state, **options)
     else:
         (out, end), kept = additive_tpu.forward(p, *heads, gate_arrays(p, log_decay), state, **options)
         starts = kept[0] if keep else None
@@ -140,25 +145,29 @@ def _run(call: Call, keep: bool, query: Array, key: Array, value: Array, log_dec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(call: Call, query: Array, key: Array, value: Array, log_decay: Array, state: Array) -> tuple[Array, Array]:
-    return _run(call, False, query, key, value, log_decay, state)[0]
+def attend(
+    call: Call, query: Array, key: Array, value: Array, log_decay: Array, state: Array, *borders: Array
+) -> tuple[Array, Array]:
+    """`borders`: of `gates.borders`, at most one."""
+    return _run(call, False, query, key, value, log_decay, state, *borders)[0]
 
 
 def attend_forward(call: Call, *operands: Any) -> Any:
-    query, key, value, log_decay, state = (x.value for x in operands)
-    out, starts = _run(call, True, query, key, value, log_decay, state)
+    query, key, value, log_decay, state, *borders = (x.value for x in operands)
+    out, starts = _run(call, True, query, key, value, log_decay, state, *borders)
     # The gradient of the gates costs about a tenth of the backward pass, and slopes of Lightning Attention want none.
     wanted = () if operands[3].perturbed else None
-    return out, (query, key, value, log_decay, starts, wanted)
+    return out, (query, key, value, log_decay, starts, *borders, wanted)
 
 
 def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
-    return _gradients(call, residuals, *zeros_for_symbols(cotangents))
+    borders = residuals[5:-1]
+    return *_gradients(call, residuals, *zeros_for_symbols(cotangents)), *[None] * len(borders)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Array) -> tuple[Any, ...]:
-    query, key, value, log_decay, starts, wanted = residuals
+    query, key, value, log_decay, starts, *borders, wanted = residuals
     out_gradient = out_gradient.astype(query.dtype)
     sums: Array | None
     if call.platform in GPU:
@@ -169,8 +178,8 @@ def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Ar
         dq, dk, dv, dstate, sums = additive_gpu.backward(gpu, query, key, value, *gates_and_ends)
     elif log_decay.ndim == 4:
         p = problem(call, query, key, value, log_decay)
-        operands = (flat(query), flat(key), flat(value), flat(log_decay), starts, flat(out_gradient), end_gradient)
-        dq, dk, dv, dstate, db = channel_tpu.backward(p, *operands)
+        heads, ends = (flat(query), flat(key), flat(value)), (starts, flat(out_gradient), end_gradient)
+        dq, dk, dv, dstate, db = channel_tpu.backward(p, *heads, (flat(log_decay), *borders), *ends)
         dgates = gates.of_channel_sums(db.reshape(log_decay.shape), log_decay, p.tiling.chunk)
         return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dgates, dstate
     else:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.entry import Platform
 from pallas_kernels.linear import gates
+from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
 
 
@@ -39,6 +40,17 @@ def given_gates(
     if per_token is not None and log_decay.ndim == 1 and per_token[1] % step:
         return jnp.broadcast_to(log_decay, per_token)
     return log_decay
+
+
+def channel_gates(
+    log_decay: Array, segment_ids: Int[Array, "B T"] | None, tiling: Tiling
+) -> tuple[Array, tuple[Array, ...]]:
+    """Gates, and `gates.borders` if there are segments: where one begins decay can then still be moderate."""
+    if segment_ids is None:
+        return log_decay, ()
+    tokens, length = tiling.forward.tokens, log_decay.shape[1]
+    borders = gates.borders(segment_ids, tiling.chunk, -(-length // tokens) * tokens)
+    return jnp.where(gates.starts(segment_ids)[..., None, None], 0, log_decay), (borders,)
 
 
 def gate_arrays(p: Problem, log_decay: Array) -> tuple[Array, ...]:

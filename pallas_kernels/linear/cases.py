@@ -36,6 +36,8 @@ def cases(target: str) -> dict[str, Case]:
         found |= _pair(target, name, additive, shape)
     for name, of in {"delta": "scalar", "channel-delta": "channel"}.items():
         found |= _pair(target, name, delta, gates[of])
+    for name, entry in {"channel": additive, "channel-delta": delta}.items():
+        found |= _pair(target, f"{name}-packed", entry, gates["channel"], packed=True)
     return found | _normalized(target)
 
 
@@ -59,7 +61,7 @@ def _normalized(target: str) -> dict[str, Case]:
     }
 
 
-def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...]) -> dict[str, Case]:
+def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...], *, packed: bool = False) -> dict[str, Case]:
     cut: Any = {"of_channels": len(gates) == 4, "cores": CHIPS[target].cores}
     blocks = choose(BATCH, LENGTH, HEADS, 1, WIDTH, WIDTH, jnp.bfloat16, **cut)
     call = Call(1.0, jnp.bfloat16, "tpu", blocks)
@@ -70,6 +72,7 @@ def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...]) -> dict[st
     if entry is delta:
         operands.append(jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS), jnp.float32))
     operands.append(jax.ShapeDtypeStruct(gates, jnp.float32))
+    borders = [jax.ShapeDtypeStruct((BATCH, LENGTH // blocks.chunk, 1, blocks.chunk), jnp.float32)] * packed
     # The slopes of a Lightning layer are not trained, gates of tokens are.
     trained = () if len(gates) > 1 else None
 
@@ -78,8 +81,8 @@ def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...]) -> dict[st
 
     once = token.size * token.dtype.itemsize
     return {
-        f"{name}-forward": Case(functools.partial(entry.attend, call), (*operands, state), 4 * once),
-        f"{name}-backward": Case(backward, ((token, state), *operands, starts), 7 * once),
+        f"{name}-forward": Case(functools.partial(entry.attend, call), (*operands, state, *borders), 4 * once),
+        f"{name}-backward": Case(backward, ((token, state), *operands, starts, *borders), 7 * once),
     }
 
 

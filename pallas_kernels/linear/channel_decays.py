@@ -16,6 +16,9 @@ its own: with read = exp(b - b_m) and write = exp(b_m - b)
 
 for enter = exp(b_m), leave = exp(b_C - b_m) and keep = 1; else enter = leave = 1, read = exp b, write = exp(b_C - b),
 keep = exp b_C. Both ways are the same mathematics, and round alike.
+
+Where one of several packed sequences begins nothing passes. A gate that forgets all would say so, but make decay strong
+in every step with such a token, at twice the time: so kernels are told where sequences begin, and mask.
 """
 
 from __future__ import annotations
@@ -65,6 +68,33 @@ class Level(NamedTuple):
         return self.back((self.early(x) * self.early_decay).astype(x.dtype), late=False)
 
 
+class Packing(NamedTuple):
+    """How many sequences have begun in a chunk up to each of its tokens, as a wide column and as a row."""
+
+    column: jax.Array
+    row: jax.Array
+
+    def together(self) -> jax.Array:
+        """[C, C]: which rows are of one sequence."""
+        return self.column[:, : self.row.shape[1]] == self.row
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """Rows of the sequence that the state before the chunk is of, 0 for others."""
+        return _where(self.column[:, : x.shape[1]] == 0, x)
+
+    def written(self, x: jax.Array) -> jax.Array:
+        """Rows of the sequence that the state after the chunk is of, 0 for others."""
+        return _where(self.column[:, : x.shape[1]] == self.column[-1:, : x.shape[1]], x)
+
+    def kept(self, row: jax.Array) -> jax.Array:
+        """The row, 0 unless one sequence has the whole chunk."""
+        return _where(self.column[-1:, : row.shape[1]] == 0, row)
+
+
+def _where(rows: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(rows, x.astype(jnp.float32), 0).astype(x.dtype)
+
+
 class Decays(NamedTuple):
     """What the gates of a chunk do for one head; `enter`, `keep` and `leave` are rows, or None for 1.
 
@@ -89,6 +119,11 @@ def turned(states: jax.Array) -> jax.Array:
     return jnp.swapaxes(states, -1, -2)
 
 
+def column(row: jax.Array, width: int) -> jax.Array:
+    """A row as a column that is as wide as wanted."""
+    return jnp.broadcast_to(jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1], (row.shape[1], width))
+
+
 def plus(x: Any, y: jax.Array) -> jax.Array:
     return y if x is None else x + y
 
@@ -100,35 +135,70 @@ class Sums(NamedTuple):
     middle: list[jax.Array]
 
 
-def of(p: Problem, sums: Sums, *, moderate: bool) -> Decays:
-    """Decays from the sums of gates."""
-    since, middle = sums
-    last = [x[-1:] for x in since]
-    at_end = [x + m for x, m in zip(last, middle, strict=True)]
-    if not moderate:
-        read = _exp(p, [x + m for x, m in zip(since, middle, strict=True)])
-        write = _exp(p, [z - x for x, z in zip(since, last, strict=True)])
-        return Decays(functools.partial(_halvings, p, since), read, write, None, _exp(p, at_end), None, False)
-    exponent, exp = functools.reduce(jnp.add, since), gates.exponential(p.dtype)
-    read, write = exp(exponent), exp(-exponent)
+class Way:
+    """How a grid step is worked: where decay is `moderate` in all its chunks, with one level of pairs."""
 
-    def levels() -> Iterator[Level]:
-        chunk = p.tiling.chunk
-        yield Level(0, read, write, walk.iota((chunk, chunk), 0) >= walk.iota((chunk, chunk), 1))
+    def __init__(self, p: Problem, moderate: bool, borders_ref: Any) -> None:
+        self.moderate = moderate
+        self._p, self._borders = p, borders_ref
+        # By identity, for in a loop the number of a chunk is traced.
+        self._packings = dict[int, tuple[Any, Packing]]()
 
-    return Decays(levels, read, write, _exp(p, middle), None, _exp(p, last), True)
+    def decays(self, c: Any, sums: Sums) -> Decays:
+        """Of chunk `c`, from the sums of its gates."""
+        p, packing, (since, middle) = self._p, self._packing(c), sums
+        last = [x[-1:] for x in since]
+        at_end = [x + m for x, m in zip(last, middle, strict=True)]
+        levels, enter, leave = functools.partial(_halvings, p, since), None, None
+        if self.moderate:
+            exponent, exp = functools.reduce(jnp.add, since), gates.exponential(p.dtype)
+            read, write, keep = exp(exponent), exp(-exponent), None
+            enter, leave = _exp(p, middle), _exp(p, last)
+            levels = functools.partial(_whole, p, read, write)
+        else:
+            read = _exp(p, [x + m for x, m in zip(since, middle, strict=True)])
+            write = _exp(p, [z - x for x, z in zip(since, last, strict=True)])
+            keep = _exp(p, at_end)
+        if packing is not None:
+            levels = functools.partial(_within, packing, levels)
+            keep = packing.kept(jnp.ones((1, p.width), jnp.float32) if keep is None else keep)
+        return Decays(levels, read, write, enter, keep, leave, self.moderate)
+
+    def _packing(self, c: Any) -> Packing | None:
+        """Of chunk `c`, for all heads."""
+        if self._borders is None:
+            return None
+        if id(c) not in self._packings:
+            p, row = self._p, self._borders[0, c]
+            wide = max(p.tiling.chunk, p.width, p.value_width)
+            self._packings[id(c)] = c, Packing(column(row, wide), row)
+        return self._packings[id(c)][1]
+
+    def reads(self, c: Any, x: jax.Array) -> jax.Array:
+        """Rows of chunk `c`, with 0 for those that do not read the state before it."""
+        return x if (packing := self._packing(c)) is None else packing.read(x)
+
+    def writes(self, c: Any, x: jax.Array) -> jax.Array:
+        """Rows of chunk `c`, with 0 for those that do not write the state after it."""
+        return x if (packing := self._packing(c)) is None else packing.written(x)
 
 
-def either(p: Problem, gate_ref: Any, step: Any, work: Callable[[bool], None]) -> None:
-    """Does `work(True)` where decay is moderate in every chunk of the grid step, else `work(False)`."""
+def either(p: Problem, gate_ref: Any, borders_ref: Any, step: Any, work: Callable[[Way], None]) -> None:
+    """Does `work` in the way of moderate decay if that is so in every chunk of the grid step, else in the other."""
     half, least = p.tiling.chunk // 2, []
     for c in range(p.tiling.chunks):
         for h in range(p.tiling.heads):
             gate = walk.part(p, gate_ref, c, h, p.width, step=step)
             least += [jnp.sum(rows, axis=0, keepdims=True) for rows in (gate[:half], gate[half:])]
     moderate = jnp.min(functools.reduce(jnp.minimum, least)) >= -MODERATE
-    pl.when(moderate)(functools.partial(work, True))
-    pl.when(jnp.logical_not(moderate))(functools.partial(work, False))
+    pl.when(moderate)(lambda: work(Way(p, True, borders_ref)))
+    pl.when(jnp.logical_not(moderate))(lambda: work(Way(p, False, borders_ref)))
+
+
+def gate_refs(p: Problem, refs: Sequence[Any]) -> tuple[Any, Any, Sequence[Any]]:
+    """References to gates and, if any, to `gates.borders`; and those behind them."""
+    gate, *rest = refs
+    return (gate, rest[0], rest[1:]) if p.packed else (gate, None, rest)
 
 
 def own_scores(p: Problem, q: jax.Array, k: jax.Array) -> jax.Array:
@@ -197,6 +267,17 @@ def _middle(x: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate(
         [jnp.take_along_axis(tile, place, axis=0, mode="promise_in_bounds") for tile in tiles], axis=0
     )
+
+
+def _within(packing: Packing, levels: Callable[[], Iterator[Level]]) -> Iterator[Level]:
+    """Levels whose pairs are of one sequence."""
+    for level in levels():
+        yield level._replace(pairs=level.pairs & packing.together())
+
+
+def _whole(p: Problem, read: jax.Array, write: jax.Array) -> Iterator[Level]:
+    chunk = p.tiling.chunk
+    yield Level(0, read, write, walk.iota((chunk, chunk), 0) >= walk.iota((chunk, chunk), 1))
 
 
 def _halvings(p: Problem, sums: Sequence[jax.Array]) -> Iterator[Level]:

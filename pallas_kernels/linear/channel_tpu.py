@@ -26,23 +26,24 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import channel_decays as decays
 from pallas_kernels.linear import walk
-from pallas_kernels.linear.channel_decays import plus, times, turned
+from pallas_kernels.linear.channel_decays import Way, plus, times, turned
 from pallas_kernels.linear.walk import Problem, dot
 
 
 def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     """Writes the state before every `keep` chunks, unless `keep` is 0."""
-    q_ref, k_ref, v_ref, gate_ref, s0_ref, *outs, state = refs
+    q_ref, k_ref, v_ref, *rest = refs
+    gate_ref, borders_ref, (s0_ref, *outs, state) = decays.gate_refs(p, rest)
     o_ref, end_ref = outs[:2]
     step, heads = pl.program_id(2), range(p.tiling.heads)
     part = functools.partial(walk.part, p, step=step)
 
-    def turn(moderate: bool, c: Any, h: int) -> Iterator[None]:
+    def turn(way: Way, c: Any, h: int) -> Iterator[None]:
         k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
         queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
         sums = decays.gate_sums(p, part(gate_ref, c, h, p.width))
         yield
-        d = decays.of(p, sums, moderate=moderate)
+        d = way.decays(c, sums)
         yield
         scores = [jnp.float32(0) if d.is_one else decays.own_scores(p, q, k) for q in queries]
         for level in d.levels():
@@ -53,57 +54,59 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
             yield
         entered = times(d.enter, state[h])
         for r, n in enumerate(p.outputs(h)):
-            read = (queries[r] * d.read).astype(p.dtype)
+            read = way.reads(c, queries[r] * d.read).astype(p.dtype)
             out = dot(scores[r].astype(p.dtype), v) + dot(read, entered.astype(p.dtype), (1, 1))
             if p.scale != 1:
                 out *= p.scale
             walk.put(p, o_ref, c, n, out)
         yield
-        written = dot(v, (k * d.write).astype(p.dtype), (0, 0))
+        written = dot(v, way.writes(c, k * d.write).astype(p.dtype), (0, 0))
         state[h] = times(d.leave, times(d.keep, entered) + written)
 
-    def work(moderate: bool) -> None:
+    def work(way: Way) -> None:
         def chunks(together: Sequence[Any]) -> None:
             for c in together:
                 if keep:
                     walk.keep(outs[2], state, c, keep)
-                walk.lockstep(turn(moderate, c, h) for h in heads)
+                walk.lockstep(turn(way, c, h) for h in heads)
 
-        walk.chunks(p, chunks, together=moderate)
+        walk.chunks(p, chunks, together=way.moderate)
 
     with walk.carried(p, state, s0_ref, end_ref):
-        decays.either(p, gate_ref, step, work)
+        decays.either(p, gate_ref, borders_ref, step, work)
 
 
 def _backward_kernel(p: Problem, *refs: Any) -> None:
-    q_ref, k_ref, v_ref, do_ref, gate_ref, start_ref, dend_ref, *outs = refs
+    q_ref, k_ref, v_ref, do_ref, *rest = refs
+    gate_ref, borders_ref, (start_ref, dend_ref, *outs) = decays.gate_refs(p, rest)
     dq_ref, dk_ref, dv_ref, d0_ref, db_ref, states, sums_ref, kept_entered, gradient = outs
     step, t, size = p.steps - 1 - pl.program_id(2), p.tiling, p.tiling.chunk
     part, heads = functools.partial(walk.part, p, step=step), range(t.heads)
 
-    def again(moderate: bool, c: Any, h: int) -> Iterator[None]:
+    def again(way: Way, c: Any, h: int) -> Iterator[None]:
         sums = decays.gate_sums(p, part(gate_ref, c, h, p.width))
         decays.keep_sums(sums_ref, c, h, sums)
-        d = decays.of(p, sums, moderate=moderate)
+        d = way.decays(c, sums)
         yield
-        written = dot(part(v_ref, c, h, p.value_width), (part(k_ref, c, h, p.width) * d.write).astype(p.dtype), (0, 0))
+        write = way.writes(c, part(k_ref, c, h, p.width) * d.write).astype(p.dtype)
+        written = dot(part(v_ref, c, h, p.value_width), write, (0, 0))
         entered = times(d.enter, states[0, h])
         kept_entered[c, h] = entered.astype(p.dtype)
         states[c + 1, h] = left = times(d.keep, entered) + written
         states[0, h] = times(d.leave, left)
 
-    def turn(moderate: bool, c: Any, h: int) -> Iterator[None]:
+    def turn(way: Way, c: Any, h: int) -> Iterator[None]:
         k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
         pairs = list(zip(p.queries(h), p.outputs(h), strict=True))
         queries = [part(q_ref, c, n, p.width) for n, _ in pairs]
         gradients = [part(do_ref, c, m, p.value_width) for _, m in pairs]
-        d = decays.of(p, decays.kept_sums(p, sums_ref, c, h), moderate=moderate)
+        d = way.decays(c, decays.kept_sums(p, sums_ref, c, h))
         of_left = times(d.leave, gradient[h])
         entered, left = kept_entered[c, h], of_left.astype(p.dtype)
         yield
         weights = [p.scale * dot(do, v, (1, 1)) for do in gradients]
-        of_read, of_write = [p.scale * dot(do, entered) for do in gradients], dot(v, left)
-        dv = dot((k * d.write).astype(p.dtype), left, (1, 1))
+        of_read, of_write = [way.reads(c, p.scale * dot(do, entered)) for do in gradients], way.writes(c, dot(v, left))
+        dv = dot(way.writes(c, k * d.write).astype(p.dtype), left, (1, 1))
         dq: list[Any] = [None] * len(queries)
         dk: Any = None
         scores = [jnp.float32(0)] * len(queries)
@@ -129,7 +132,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         by_row = -k * dk
         for r, (n, _) in enumerate(pairs):
             dv += dot((p.scale * scores[r]).astype(p.dtype), gradients[r], (0, 0))
-            before += dot(gradients[r], (p.scale * queries[r] * d.read).astype(p.dtype), (0, 0))
+            before += dot(gradients[r], way.reads(c, p.scale * queries[r] * d.read).astype(p.dtype), (0, 0))
             by_row += queries[r] * dq[r]
             walk.put(p, dq_ref, c, n, dq[r])
         yield
@@ -142,17 +145,17 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
         walk.put(p, dv_ref, c, h, dv)
         gradient[h] = times(d.enter, before)
 
-    def work(moderate: bool) -> None:
+    def work(way: Way) -> None:
         def chunks(stream: Callable[..., Iterator[None]], together: Sequence[Any]) -> None:
             for c in together:
-                walk.lockstep(stream(moderate, c, h) for h in heads)
+                walk.lockstep(stream(way, c, h) for h in heads)
 
-        walk.chunks(p, functools.partial(chunks, again), together=moderate)
-        walk.chunks(p, functools.partial(chunks, turn), together=moderate, backward=True)
+        walk.chunks(p, functools.partial(chunks, again), together=way.moderate)
+        walk.chunks(p, functools.partial(chunks, turn), together=way.moderate, backward=True)
 
     states[0] = start_ref[0, 0]
     with walk.carried(p, gradient, dend_ref, d0_ref):
-        decays.either(p, gate_ref, step, work)
+        decays.either(p, gate_ref, borders_ref, step, work)
 
 
 def forward(
@@ -160,16 +163,17 @@ def forward(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    gate: jax.Array,
+    gate: Sequence[jax.Array],
     state: jax.Array,
     *,
     keep: bool,
     out_dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """See `walk.forward`; gates are `[B, T, K * H]`. The cost is that of moderate decay."""
+    """See `walk.forward`; gates are `[B, T, K * H]`, then `gates.borders` if any. Costs are of moderate decay."""
     macs = p.group * p.tiling.chunk * (p.width + p.value_width) + (p.group + 1) * p.width * p.value_width
-    p = dataclasses.replace(p, turned=True)
-    operands = [("query", query), ("key", key), ("value", value), ("key", gate), ("state", turned(state))]
+    p = dataclasses.replace(p, turned=True, packed=len(gate) > 1)
+    operands = [("query", query), ("key", key), ("value", value), *zip(("key", "borders"), gate, strict=False)]
+    operands.append(("state", turned(state)))
     name = "channel_linear_attention_forward"
     (out, end), kept = walk.forward(p, _forward_kernel, name, macs, operands, keep=keep, out_dtype=out_dtype)
     return out, turned(end), kept[0] if keep else None
@@ -180,7 +184,7 @@ def backward(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    gate: jax.Array,
+    gate: Sequence[jax.Array],
     starts: jax.Array,
     out_gradient: jax.Array,
     end_gradient: jax.Array,
@@ -188,7 +192,8 @@ def backward(
     """Gradients of query, key, value, the initial state, and of the sums b `[B, T, K * H]`."""
     macs = p.group * p.tiling.chunk * (3 * p.width + 2 * p.value_width)
     macs += (2 * p.group + 3) * p.width * p.value_width
-    operands = [("query", query), ("key", key), ("value", value), ("out", out_gradient), ("key", gate)]
+    operands = [("query", query), ("key", key), ("value", value), ("out", out_gradient)]
+    operands += zip(("key", "borders"), gate, strict=False)
     operands += [("starts", starts), ("state", turned(end_gradient))]
     name = "channel_linear_attention_backward"
     units = (p.tiling.chunks, p.tiling.heads)
@@ -196,6 +201,6 @@ def backward(
         decays.scratch_of_sums(p),
         pltpu.VMEM((*units, p.value_width, p.width), p.dtype),
     ]
-    p = dataclasses.replace(p, turned=True)
-    *gradients, start, db = walk.backward(p, _backward_kernel, name, macs, operands, [("key", gate.shape)], scratch)
+    p = dataclasses.replace(p, turned=True, packed=len(gate) > 1)
+    *gradients, start, db = walk.backward(p, _backward_kernel, name, macs, operands, [("key", gate[0].shape)], scratch)
     return [*gradients, turned(start), db]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
 from pallas_kernels.linear import channel_delta_gpu, channel_delta_tpu, delta_gpu, delta_tpu, gates, programs, tiling
-from pallas_kernels.linear.call import Call, flat, gate_arrays, given_gates
+from pallas_kernels.linear.call import Call, channel_gates, flat, gate_arrays, given_gates
 from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem
@@ -58,6 +58,7 @@ def delta_rule(
     batch, length, heads, width = query.shape
     states, value_width = value.shape[2:]
     cut: Any = blocks
+    borders: tuple[Array, ...] = ()
     if platform in GPU:
         cut = blocks or _gpu_kernels(log_decay).choose(query.dtype)
         per_token = log_decay if log_decay.ndim == 4 else jnp.broadcast_to(log_decay, beta.shape)
@@ -66,9 +67,12 @@ def delta_rule(
         shared = states // key.shape[2]
         sizes = (batch, length, states, max(heads // states, 1), width, value_width, query.dtype)
         cut = blocks or tiling.choose(*sizes, shared=shared, of_channels=log_decay.ndim == 4)
-        log_decay = given_gates(log_decay, segment_ids, per_token=(batch, length, states), step=cut.forward.tokens)
+        if log_decay.ndim == 4:
+            log_decay, borders = channel_gates(log_decay, segment_ids, cut)
+        else:
+            log_decay = given_gates(log_decay, segment_ids, per_token=(batch, length, states), step=cut.forward.tokens)
     call = Call(scale, out_dtype or query.dtype, platform, cut)
-    return attend(call, *alike(query, key, value, beta, log_decay, state))
+    return attend(call, *alike(query, key, value, beta, log_decay, state, *borders))
 
 
 def check(query: Any, key: Any, value: Any, log_decay: Any, *, platform: Platform = "tpu", blocks: Any = None) -> None:
@@ -143,7 +147,7 @@ def _gpu_rows(p: programs.Problem, beta: Array, log_decay: Array) -> tuple[Array
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(call: Call, keep: bool, *operands: Array) -> Any:
-    query, key, value, beta, log_decay, state = operands
+    query, key, value, beta, log_decay, state, *borders = operands
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
         rows = _gpu_rows(gpu, beta, log_decay)
@@ -154,7 +158,8 @@ def _run(call: Call, keep: bool, *operands: Array) -> Any:
     options = {"keep": keep, "out_dtype": call.out_dtype}
     betas = _tpu_beta(p, beta)
     if log_decay.ndim == 4:
-        out, end, starts = channel_delta_tpu.forward(p, *heads, flat(log_decay), betas, state, **options)
+        gate = (flat(log_decay), *borders)
+        out, end, starts = channel_delta_tpu.forward(p, *heads, gate, betas, state, **options)
     else:
         out, end, starts = delta_tpu.forward(p, *heads, gate_arrays(p, log_decay), betas, state, **options)
     return (out.reshape(*query.shape[:2], -1, value.shape[-1]), end), starts
@@ -162,25 +167,34 @@ def _run(call: Call, keep: bool, *operands: Array) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
-    call: Call, query: Array, key: Array, value: Array, beta: Array, log_decay: Array, state: Array
+    call: Call,
+    query: Array,
+    key: Array,
+    value: Array,
+    beta: Array,
+    log_decay: Array,
+    state: Array,
+    *borders: Array,
 ) -> tuple[Array, Array]:
-    return _run(call, False, query, key, value, beta, log_decay, state)[0]
+    """`borders`: of `gates.borders`, at most one."""
+    return _run(call, False, query, key, value, beta, log_decay, state, *borders)[0]
 
 
 def attend_forward(call: Call, *operands: Any) -> Any:
-    *arrays, state = (x.value for x in operands)
-    out, starts = _run(call, True, *arrays, state)
+    query, key, value, beta, log_decay, state, *borders = (x.value for x in operands)
+    out, starts = _run(call, True, query, key, value, beta, log_decay, state, *borders)
     wanted = () if operands[4].perturbed else None
-    return out, (*arrays, starts, wanted)
+    return out, (query, key, value, beta, log_decay, starts, *borders, wanted)
 
 
 def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
-    return _gradients(call, residuals, *zeros_for_symbols(cotangents))
+    borders = residuals[6:-1]
+    return *_gradients(call, residuals, *zeros_for_symbols(cotangents)), *[None] * len(borders)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Array) -> tuple[Any, ...]:
-    query, key, value, beta, log_decay, starts, wanted = residuals
+    query, key, value, beta, log_decay, starts, *borders, wanted = residuals
     out_gradient = out_gradient.astype(query.dtype)
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
@@ -191,7 +205,8 @@ def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Ar
         heads, ends = (flat(query), flat(key), flat(value)), (starts, flat(out_gradient), end_gradient)
         betas = _tpu_beta(p, beta)
         if log_decay.ndim == 4:
-            dq, dk, dv, dstate, sums, dbeta = channel_delta_tpu.backward(p, *heads, flat(log_decay), betas, *ends)
+            gate = (flat(log_decay), *borders)
+            dq, dk, dv, dstate, sums, dbeta = channel_delta_tpu.backward(p, *heads, gate, betas, *ends)
         else:
             dq, dk, dv, dstate, sums, dbeta = delta_tpu.backward(
                 p, *heads, gate_arrays(p, log_decay), betas, *ends, with_gates=wanted is not None

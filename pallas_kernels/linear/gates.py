@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 FORGET = -128.0
 STEP = 1 / 64
@@ -27,9 +27,21 @@ def separate(
     log_decay: Float[Array, " K"] | Float[Array, "B T K"] | Float[Array, "B T K H"], segment_ids: Int[Array, "B T"]
 ) -> Float[Array, "B T K"] | Float[Array, "B T K H"]:
     """Gates that forget everything at the first token of every segment but the first one."""
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    first = starts(segment_ids)
     per_token = log_decay if log_decay.ndim > 1 else log_decay[None, None]
-    return jnp.where(starts.reshape(*starts.shape, *(1,) * (per_token.ndim - 2)), FORGET, per_token)
+    return jnp.where(first.reshape(*first.shape, *(1,) * (per_token.ndim - 2)), FORGET, per_token)
+
+
+def starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Where a segment begins, but the sequence's first."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def borders(segment_ids: Int[Array, "B T"], chunk: int, padded: int) -> Float[Array, "B chunks 1 C"]:
+    """For every token, how many segments but the sequence's first begin in its chunk, up to this token."""
+    batch, length = segment_ids.shape
+    first = jnp.pad(starts(segment_ids), ((0, 0), (0, padded - length)))
+    return jnp.cumsum(first.reshape(batch, -1, 1, chunk), axis=-1, dtype=jnp.float32)
 
 
 def parts(dtype: Any) -> int:

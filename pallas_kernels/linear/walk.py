@@ -31,7 +31,7 @@ class Problem:
 
     There is a state for each of `heads` value heads. `group` query heads read one state, or `shared` states have one
     query and one key head; `constant` gates are tables. `eps` says that outputs are divided by q (z + eps[1]) + eps[0].
-    States are [H, V], or if `turned` [V, H].
+    `packed` says that the kernel of channels is told where sequences begin. States are [H, V], or if `turned` [V, H].
     """
 
     batch: int
@@ -48,6 +48,7 @@ class Problem:
     shared: int = 1
     eps: tuple[float, float] | None = None
     turned: bool = False
+    packed: bool = False
 
     @property
     def state(self) -> tuple[int, int]:
@@ -282,6 +283,7 @@ def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.Bl
         "sums": per_head(1),
         "two sums": per_head(2),
         "by chunk": pl.BlockSpec((1, 1, t.chunks, t.heads, t.chunk), lambda b, h, i: (b, h, when(i), 0, 0)),
+        "borders": pl.BlockSpec((1, t.chunks, 1, t.chunk), lambda b, h, i: (b, when(i), 0, 0)),
         "by query": per_head(p.group),
         "state": pl.BlockSpec((1, *state), lambda b, h, i: (b, h, 0, 0)),
         "starts": pl.BlockSpec((1, starts, *state), lambda b, h, i: (b, when(i), h, 0, 0)),

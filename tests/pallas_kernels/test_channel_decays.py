@@ -15,10 +15,15 @@ from pallas_kernels.linear import channel_decays
 from pallas_kernels.linear.tiling import Tiling
 
 LENGTH = 29
-ONE_SEGMENT = np.zeros((1, LENGTH), int)
 BLOCKS = Tiling(chunk=8, chunks=2, heads=1, lag=1)
 # query heads, key heads, states
 HEADS = {"alike": (2, 2, 2), "grouped": (4, 2, 2), "shared": (2, 2, 4)}
+SEGMENTS = {
+    "inside chunks": [17, 5, 7],
+    "at their ends": [8, 16, 5],
+    "many in one": [2, 1, 1, 2, 20, 3],
+    "single tokens": [1] * LENGTH,
+}
 NAMES = ("out", "end", "query", "key", "value", "gate", "initial", "beta")
 
 
@@ -72,15 +77,15 @@ def kernel(op, way=None, blocks=BLOCKS):
     """Outputs and every gradient; with `way`, every step that way whatever its gates."""
     either = channel_decays.either
 
-    def watched(p, gate_ref, step, work):
-        def told(moderate):
-            jax.debug.callback(lambda step: TAKEN.append((int(step), moderate)), step)
-            work(moderate)
+    def watched(p, gate_ref, borders_ref, step, work):
+        def told(taken):
+            jax.debug.callback(lambda step: TAKEN.append((int(step), taken.moderate)), step)
+            work(taken)
 
         if way is None:
-            either(p, gate_ref, step, told)
+            either(p, gate_ref, borders_ref, step, told)
         else:
-            work(way)
+            work(channel_decays.Way(p, way, borders_ref))
 
     def both(arguments, cotangents, segment_ids):
         def fused(query, key, value, gate, state, *beta):
@@ -107,7 +112,7 @@ def recurrence(arguments, cotangents, segment_ids):
     return (*out, *transpose(cotangents))
 
 
-def pairs(run, arguments, cotangents, segment_ids=ONE_SEGMENT):
+def pairs(run, arguments, cotangents, segment_ids=None):
     """What a kernel gives and what the recurrence in float64 does, by name."""
     TAKEN.clear()
     got = run(arguments, cotangents, segment_ids)
@@ -127,6 +132,7 @@ def assert_near(pairs, ratio):
 
 
 each_op = pytest.mark.parametrize("op", ["additive", "delta"])
+either_packing = pytest.mark.parametrize("packed", [None, np.repeat([[0, 1]], [11, 18], axis=1)], ids=["one", "two"])
 either_way = pytest.mark.parametrize("moderate", [True, False])
 
 
@@ -140,25 +146,41 @@ def test_values_gradients_and_the_way_to_them(op, name):
     assert sorted(TAKEN) == [(step, way) for step, ways in enumerate(moderate) for way in sorted(ways * 2)]
 
 
+def ids(name):
+    return np.repeat([[2 * i + 3 for i in range(len(SEGMENTS[name]))]], SEGMENTS[name], axis=1)
+
+
 @each_op
-def test_segments(op):
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segments_leave_decay_moderate(op, name):
+    """Whatever the gates of their first tokens, through which nothing passes."""
     arguments, cotangents = operands(op)
-    ids = np.repeat([[2, 3, 9]], [17, 5, 7], axis=1)
-    assert_near(pairs(kernel(op), arguments, cotangents, ids), 1e-5)
-    assert sorted(set(TAKEN)) == [(0, True), (1, False)]
+    arguments[3] = arguments[3].at[:, np.cumsum(SEGMENTS[name])[:-1]].set(-1e4)
+    assert_near(pairs(kernel(op), arguments, cotangents, ids(name)), 1e-5)
+    assert {way for _, way in TAKEN} == {True}
+
+
+@each_op
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segments_and_strong_gates(op, name):
+    arguments, cotangents = operands(op)
+    arguments[3] = GATES["strong and weak"][0]
+    assert_near(pairs(kernel(op, way=False), arguments, cotangents, ids(name)), 1e-5)
 
 
 @either_way
+@either_packing
 @pytest.mark.parametrize(("op", "heads"), [("additive", "grouped"), ("delta", "grouped"), ("delta", "shared")])
-def test_heads_that_share(op, heads, moderate):
+def test_heads_that_share(op, heads, packed, moderate):
     blocks = dataclasses.replace(BLOCKS, heads=2)
-    assert_near(pairs(kernel(op, moderate, blocks), *operands(op, heads)), 1e-5)
+    assert_near(pairs(kernel(op, moderate, blocks), *operands(op, heads), packed), 1e-5)
 
 
 @each_op
 @either_way
-def test_bfloat16(op, moderate):
-    found = pairs(kernel(op, moderate), *operands(op, dtype=jnp.bfloat16, width=16, value_width=11))
+@either_packing
+def test_bfloat16(op, packed, moderate):
+    found = pairs(kernel(op, moderate), *operands(op, dtype=jnp.bfloat16, width=16, value_width=11), packed)
     summed = ("gate", "beta")
     assert_near({name: pair for name, pair in found.items() if name not in summed}, 5e-3)
     assert_near({name: pair for name, pair in found.items() if name in summed}, 1e-2)
