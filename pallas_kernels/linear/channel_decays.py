@@ -7,10 +7,10 @@ lies in the second half of a block of 2 s rows and j in its first, with m the ro
 
 is one, and s = C / 2, C / 4, .., 1 are all pairs but the diagonal, where there is no decay.
 
-Where decay is moderate, so that over neither half of the chunk any channel loses more than exp(-`MODERATE`), one such
-product with m the middle of the chunk gives all pairs at once: no factor is too large or too small for a number, and
-what comes of pairs with j > r, be it infinite, is masked. What the state has to do with it then needs no factors of
-its own: with read = exp(b - b_m) and write = exp(b_m - b)
+Where decay is moderate, so that over neither half of the chunk any channel loses more than exp(-`gates.MODERATE`), one
+such product with m the middle of the chunk gives all pairs at once: no factor is too large or too small for a number,
+and what comes of pairs with j > r, be it infinite, is masked. What the state has to do with it then needs no factors
+of its own: with read = exp(b - b_m) and write = exp(b_m - b)
 
     S~ = enter S        o = A v + (q * read) S~        S' = leave (keep S~ + (k * write)^T v)
 
@@ -36,8 +36,6 @@ from pallas_kernels.linear import gates, walk
 from pallas_kernels.linear.walk import Problem, dot, every_second, with_gaps
 
 SUBLANES = 8
-MODERATE = 64.0
-"""exp(-64) is 1.6e-28: factors leave ten decades on both sides for the numbers they multiply."""
 
 
 class Level(NamedTuple):
@@ -190,7 +188,7 @@ def either(p: Problem, gate_ref: Any, borders_ref: Any, step: Any, work: Callabl
         for h in range(p.tiling.heads):
             gate = walk.part(p, gate_ref, c, h, p.width, step=step)
             least += [jnp.sum(rows, axis=0, keepdims=True) for rows in (gate[:half], gate[half:])]
-    moderate = jnp.min(functools.reduce(jnp.minimum, least)) >= -MODERATE
+    moderate = jnp.min(functools.reduce(jnp.minimum, least)) >= -gates.MODERATE
     pl.when(moderate)(lambda: work(Way(p, True, borders_ref)))
     pl.when(jnp.logical_not(moderate))(lambda: work(Way(p, False, borders_ref)))
 

@@ -195,17 +195,17 @@ def _gradients_kernel(p: Problem, *refs: Any) -> None:
     dq = p.scale * read * dq + own * k
     dk = read * by_row + write * by_column + own * q
 
-    def turn(i: Any, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def turn(level: levels.Level, found: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         dq, dk, db = found
-        decay, pairs = levels.level(p, sums_ref, chunk, row, sums, i)
-        queries, keys = (q * decay).astype(p.dtype), (k * decay).astype(p.dtype)
-        of_a, of_p = (jnp.where(pairs, x, 0).astype(p.dtype) for x in (da, dp))
-        of_queries, of_late = programs.dot(p, of_a, keys), programs.dot(p, of_p, keys)
-        of_early = programs.dot(p, of_a, queries, (0, 0)) + programs.dot(p, of_p, keys, (0, 0))
-        db += queries * of_queries + keys * (of_late - of_early)
-        return dq + decay * of_queries, dk + decay * (of_late + of_early), db
+        queries, late = ((x * level.late).astype(p.dtype) for x in (q, k))
+        early = (k * level.early).astype(p.dtype)
+        of_a, of_p = (jnp.where(level.pairs, x, 0).astype(p.dtype) for x in (da, dp))
+        of_queries, of_late = programs.dot(p, of_a, early), programs.dot(p, of_p, early)
+        of_early = programs.dot(p, of_a, queries, (0, 0)) + programs.dot(p, of_p, late, (0, 0))
+        db += queries * of_queries + late * of_late - early * of_early
+        return dq + level.late * of_queries, dk + level.late * of_late + level.early * of_early, db
 
-    dq, dk, db = jax.lax.fori_loop(0, levels.count(p), turn, (dq, dk, db))
+    dq, dk, db = levels.over(p, sums_ref, chunk, row, sums, turn, (dq, dk, db))
     programs.store_rows(p, dq_ref, chunk, row, p.width, dq)
     programs.store_rows(p, dk_ref, chunk, row, p.width, dk)
     programs.store_rows(p, dg_ref, chunk, row, p.width, at_end[None] + levels.sum_to_end(p, db))
@@ -239,7 +239,7 @@ def _systems(
     """W `[B, K, chunks, C, C]` and scale A beta `[B, N, padded, C]`, or du `[B, T, K, V]` so far, given do."""
     c, queries, tokens = p.blocks.chunk, p.heads * p.group, programs.query_heads(p)
     systems = shape((p.batch, p.heads, p.chunks, c, c), p.dtype, key)
-    per_token = c * p.width * 2 * levels.count(p) + 2 * c**2 * (levels.count(p) - 1)
+    per_token = c * p.width * 2 + 2 * c**2 * (levels.count(p) - 1)
     if backward:
         partial = jnp.float32 if p.group > 1 else p.dtype
         spec, out = tokens(p.value_wide), shape((p.batch, p.length, queries, p.value_width), partial, query)
@@ -343,7 +343,7 @@ def backward(
     after, dy, dstate = _walk(p, _state_gradients_kernel, "state_gradients", 2 + p.group, arrays)
     t, heads, tokens = levels.narrow(p), p.heads * p.group, programs.query_heads(p)
     wide = levels.up_to(p.width, t)
-    per_token = p.blocks.chunk * (4 * levels.count(p) * p.width + 2 * wide // t * p.value_width)
+    per_token = p.blocks.chunk * (4 * p.width + 2 * wide // t * p.value_width)
     per_token += 3 * p.width * p.value_width
     values, betas = tokens(p.value_wide, shared=p.group), programs.per_state(p, p.padded, axis=1, grouped=p.group)
     by_query = (p.batch, p.length, heads, p.width)

@@ -137,15 +137,14 @@ def _gradients_kernel(p: Problem, *refs: Any) -> None:
     dq += own * k
     dk += own * q
 
-    def turn(level: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def turn(level: levels.Level, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dq, dk = found
-        decay, pairs = levels.level(p, sums_ref, chunk, row, sums, level)
-        weight = jnp.where(pairs, weights, 0).astype(q.dtype)
-        dq += decay * programs.dot(p, weight, (k * decay).astype(k.dtype))
-        dk += decay * programs.dot(p, weight, (q * decay).astype(q.dtype), (0, 0))
+        weight = jnp.where(level.pairs, weights, 0).astype(q.dtype)
+        dq += level.late * programs.dot(p, weight, (k * level.early).astype(k.dtype))
+        dk += level.early * programs.dot(p, weight, (q * level.late).astype(q.dtype), (0, 0))
         return dq, dk
 
-    dq, dk = jax.lax.fori_loop(0, levels.count(p), turn, (dq, dk))
+    dq, dk = levels.over(p, sums_ref, chunk, row, sums, turn, (dq, dk))
     programs.store_rows(p, dq_ref, chunk, row, p.width, dq)
     programs.store_rows(p, dk_ref, chunk, row, p.width, dk)
     programs.store_rows(p, dg_ref, chunk, row, p.width, at_end[None] + levels.sum_to_end(p, q * dq - k * dk))
@@ -195,7 +194,7 @@ def _scores(p: Problem, query: jax.Array, key: jax.Array, sums: jax.Array) -> ja
         "channel_linear_attention_scores",
         (p.chunks, p.batch * queries),
         p.blocks.warps[1],
-        2 * p.batch * queries * p.padded * size * p.width * levels.count(p),
+        2 * p.batch * queries * p.padded * size * p.width,
         in_specs=[tokens(p.wide), tokens(p.wide, shared=p.group), levels.sums_spec(p, p.wide, grouped=p.group, axis=1)],
         out_specs=levels.scores_spec(p),
         out_shape=shape((p.batch, queries, p.padded, size), p.dtype, query),
@@ -273,9 +272,7 @@ def backward(
         out_specs=tokens(values),
         out_shape=shape((*by_query, p.value_width), partial, query),
     )(key, out_gradient, sums, _scores(p, query, key, sums), after)
-    per_token = (
-        p.blocks.chunk * (2 * levels.count(p) * p.width + wide // t * p.value_width) + 2 * p.width * p.value_width
-    )
+    per_token = p.blocks.chunk * (2 * p.width + wide // t * p.value_width) + 2 * p.width * p.value_width
     dq, dk, dg = programs.call(
         p,
         functools.partial(_gradients_kernel, p),

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 FORGET = -128.0
+MODERATE = 64.0
+"""What a channel may lose in half a chunk: exp(-64) is 1.6e-28, which leaves ten decades on both sides for numbers."""
 STEP = 1 / 64
 
 

@@ -7,13 +7,16 @@ and j in its first, with m the row where the second begins,
 
     A[r, j] = (q * d)[r] . (k * d)[j]                    d = exp(-|b - b_m|)
 
-and s = 1, 2, .., C / 2 are all pairs but the diagonal, where nothing decays.
+and s = 1, 2, .., C / 2 are all pairs but the diagonal, where nothing decays. Where decay is moderate, as in
+`channel_decays`, one such product with q * exp(b - b_m) and k * exp(b_m - b), m the middle of the chunk, has all of
+them. A program tells that of its chunk and channels, so that a border between packed sequences slows one chunk down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +70,13 @@ def sums_of(p: Problem, ref: Any, chunk: Any, first: Any, size: int, rows: Any =
 
 
 def last_of(p: Problem, ref: Any, chunk: Any, first: Any, size: int) -> list[jax.Array]:
+    return row_of(p, ref, chunk, first, size, p.blocks.chunk - 1)
+
+
+def row_of(p: Problem, ref: Any, chunk: Any, first: Any, size: int, row: int) -> list[jax.Array]:
+    """The parts of b after one row of a chunk."""
     mask = first + jnp.arange(size) < p.width if p.width % size else None
-    place = (chunk + 1) * p.blocks.chunk - 1
+    place = chunk * p.blocks.chunk + row
     at = [ref.at[jnp.int32(i), place, jnp.int32(0), pl.ds(first, size)] for i in range(gates.parts(p.dtype))]
     return [plgpu.load(x, mask=mask, other=None if mask is None else 0) for x in at]
 
@@ -83,19 +91,54 @@ def until_end(p: Problem, sums: Sequence[jax.Array], last: Sequence[jax.Array]) 
 
 
 def count(p: Problem) -> int:
+    """Of levels where decay is strong; the costs that kernels state are those of moderate decay."""
     return p.blocks.chunk.bit_length() - 1
 
 
-def level(
-    p: Problem, ref: Any, chunk: Any, first: Any, sums: Sequence[jax.Array], i: Any
-) -> tuple[jax.Array, jax.Array]:
-    """For s = 2^i: d of all rows, and which rows meet which columns."""
-    half = jnp.arange(p.blocks.chunk) >> i
-    middle = sums_of(p, ref, chunk, first, sums[0].shape[1], rows=(half | 1) << i)
-    since = programs.total(x - m for x, m in zip(sums, middle, strict=True))
-    # Comparing one number of a row with one of a column leaves no square of integers in registers.
-    pairs = jnp.where(half & 1 == 1, half, -1)[:, None] == (half + 1)[None, :]
-    return gates.exponential(p.dtype)(-jnp.abs(since)), pairs
+class Level(NamedTuple):
+    """Decays of late rows since m and of early rows until m, and which rows meet which columns."""
+
+    late: jax.Array
+    early: jax.Array
+    pairs: jax.Array
+
+
+def over[Found](
+    p: Problem,
+    ref: Any,
+    chunk: Any,
+    first: Any,
+    sums: Sequence[jax.Array],
+    turn: Callable[[Level, Found], Found],
+    found: Found,
+) -> Found:
+    """`turn` upon `turn` for every level of some channels: one if their decay is moderate, or log2 C."""
+    size, exp = p.blocks.chunk, gates.exponential(p.dtype)
+    width, half, limit = sums[0].shape[1], size // 2, -gates.MODERATE
+    if gates.parts(p.dtype) == 1:
+        limit *= math.log2(math.e)
+    until_middle = row_of(p, ref, chunk, first, width, half - 1)
+    since_middle = [x - y for x, y in zip(last_of(p, ref, chunk, first, width), until_middle, strict=True)]
+    least = jnp.minimum(programs.total(until_middle), programs.total(since_middle))
+
+    def whole(found: Found) -> Found:
+        since = programs.total(x - m[None] for x, m in zip(sums, until_middle, strict=True))
+        place = jnp.arange(size)
+        return turn(Level(exp(since), exp(-since), place[:, None] > place[None, :]), found)
+
+    def halving(i: Any, found: Found) -> Found:
+        """For s = 2^i."""
+        block = jnp.arange(size) >> i
+        middle = sums_of(p, ref, chunk, first, width, rows=(block | 1) << i)
+        decay = exp(-jnp.abs(programs.total(x - m for x, m in zip(sums, middle, strict=True))))
+        # Comparing one number of a row with one of a column leaves no square of integers in registers.
+        pairs = jnp.where(block & 1 == 1, block, -1)[:, None] == (block + 1)[None, :]
+        return turn(Level(decay, decay, pairs), found)
+
+    def halvings(found: Found) -> Found:
+        return jax.lax.fori_loop(0, count(p), halving, found)
+
+    return jax.lax.cond(jnp.min(least) >= limit, whole, halvings, found)
 
 
 def diagonal(p: Problem) -> jax.Array:
@@ -114,14 +157,14 @@ def scores(p: Problem, q_ref: Any, k_ref: Any, sums_ref: Any, chunk: Any, *, of_
         *alike, seen = found
         sums = sums_of(p, sums_ref, chunk, i * t, t)
 
-        def turn(i_level: Any, found: list[jax.Array]) -> list[jax.Array]:
-            decay, pairs = level(p, sums_ref, chunk, i * t, sums, i_level)
-            early = (k * decay).astype(k.dtype)
-            late = [early, (q * decay).astype(q.dtype)][-len(found) :]
-            met = [jnp.where(pairs, programs.dot(p, x, early, (1, 1)), 0) for x in late]
+        def turn(level: Level, found: list[jax.Array]) -> list[jax.Array]:
+            early = (k * level.early).astype(k.dtype)
+            late = [(x * level.late).astype(x.dtype) for x in (k, q)[-len(found) :]]
+            met = [jnp.where(level.pairs, programs.dot(p, x, early, (1, 1)), 0) for x in late]
             return [x + y for x, y in zip(found, met, strict=True)]
 
-        return jax.lax.fori_loop(0, count(p), turn, [*alike, seen + jnp.where(diagonal(p), own[:, None], 0)])
+        found = [*alike, seen + jnp.where(diagonal(p), own[:, None], 0)]
+        return over(p, sums_ref, chunk, i * t, sums, turn, found)
 
     return jax.lax.fori_loop(0, -(-p.width // t), channels, found)
 

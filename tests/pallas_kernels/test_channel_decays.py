@@ -1,4 +1,4 @@
-"""Both ways of the TPU kernels with decays of channels, and when each is taken, against the recurrence in float64."""
+"""Both ways of the kernels with decays of channels, and when each is taken, against the recurrence in float64."""
 
 import dataclasses
 import functools
@@ -11,11 +11,15 @@ import pytest
 from jattn.linear import delta_rule
 from jattn.linear import recurrence as additive
 from pallas_kernels import linear
-from pallas_kernels.linear import channel_decays
+from pallas_kernels.linear import additive as additive_kernel
+from pallas_kernels.linear import channel_decays, gates
+from pallas_kernels.linear import delta as delta_kernel
+from pallas_kernels.linear.programs import Blocks
 from pallas_kernels.linear.tiling import Tiling
 
 LENGTH = 29
 BLOCKS = Tiling(chunk=8, chunks=2, heads=1, lag=1)
+ON_GPU = Blocks(chunk=8, tile=8, value_tile=8)
 # query heads, key heads, states
 HEADS = {"alike": (2, 2, 2), "grouped": (4, 2, 2), "shared": (2, 2, 4)}
 SEGMENTS = {
@@ -55,7 +59,7 @@ def of_halves(total, states=2, width=7, at=(...,)):
     return moderate(states, width).at[at].set(total / (BLOCKS.chunk // 2))
 
 
-LIMIT = channel_decays.MODERATE
+LIMIT = gates.MODERATE
 BOTH, FIRST, SECOND, NEITHER = ((True,) * 2, (True, False), (False, True), (False,) * 2)
 GATES = {
     # For the first and the second grid step: whether it is moderate, for either head.
@@ -69,7 +73,7 @@ GATES = {
     "one that forgets all": (moderate(2, 7).at[:, 23].set(-1e4), (BOTH, NEITHER)),
 }
 TAKEN = []
-"""Of every grid step that was run: its number, and whether its decay counted as moderate."""
+"""Of every grid step that was run on TPU: its number, and whether its decay counted as moderate."""
 
 
 @functools.cache
@@ -85,16 +89,23 @@ def kernel(op, way=None, blocks=BLOCKS):
         if way is None:
             either(p, gate_ref, borders_ref, step, told)
         else:
-            work(channel_decays.Way(p, way, borders_ref))
+            told(channel_decays.Way(p, way, borders_ref))
 
     def both(arguments, cotangents, segment_ids):
         def fused(query, key, value, gate, state, *beta):
             entry = linear.delta_rule if beta else linear.linear_attention
             operands = (query, key, value, *beta, gate, segment_ids, state)
-            return entry(*operands, scale=0.7, platform="interpret", blocks=blocks)
+            platform = "interpret" if isinstance(blocks, Tiling) else "interpret_gpu"
+            return entry(*operands, scale=0.7, platform=platform, blocks=blocks)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(channel_decays, "either", watched)
+            if way is not None:
+                patch.setattr(gates, "MODERATE", np.inf if way else -np.inf)
+            # Their caches know nothing of the way that is forced.
+            for entry in (additive_kernel, delta_kernel):
+                for name in ("_run", "_gradients"):
+                    patch.setattr(entry, name, getattr(entry, name).__wrapped__)
             out, transpose = jax.vjp(fused, *arguments)
             return (*out, *transpose(cotangents))
 
@@ -132,6 +143,7 @@ def assert_near(pairs, ratio):
 
 
 each_op = pytest.mark.parametrize("op", ["additive", "delta"])
+sharing = pytest.mark.parametrize(("op", "heads"), [("additive", "grouped"), ("delta", "grouped"), ("delta", "shared")])
 either_packing = pytest.mark.parametrize("packed", [None, np.repeat([[0, 1]], [11, 18], axis=1)], ids=["one", "two"])
 either_way = pytest.mark.parametrize("moderate", [True, False])
 
@@ -166,21 +178,71 @@ def test_segments_and_strong_gates(op, name):
     arguments, cotangents = operands(op)
     arguments[3] = GATES["strong and weak"][0]
     assert_near(pairs(kernel(op, way=False), arguments, cotangents, ids(name)), 1e-5)
+    assert {way for _, way in TAKEN} == {False}
 
 
 @either_way
 @either_packing
-@pytest.mark.parametrize(("op", "heads"), [("additive", "grouped"), ("delta", "grouped"), ("delta", "shared")])
+@sharing
 def test_heads_that_share(op, heads, packed, moderate):
     blocks = dataclasses.replace(BLOCKS, heads=2)
     assert_near(pairs(kernel(op, moderate, blocks), *operands(op, heads), packed), 1e-5)
+    assert {way for _, way in TAKEN} == {moderate}
 
 
 @each_op
 @either_way
 @either_packing
 def test_bfloat16(op, packed, moderate):
-    found = pairs(kernel(op, moderate), *operands(op, dtype=jnp.bfloat16, width=16, value_width=11), packed)
+    assert_near_in_bfloat16(pairs(kernel(op, moderate), *in_bfloat16(op), packed))
+    assert {way for _, way in TAKEN} == {moderate}
+
+
+def in_bfloat16(op):
+    return operands(op, dtype=jnp.bfloat16, width=16, value_width=11)
+
+
+def assert_near_in_bfloat16(found):
     summed = ("gate", "beta")
     assert_near({name: pair for name, pair in found.items() if name not in summed}, 5e-3)
     assert_near({name: pair for name, pair in found.items() if name in summed}, 1e-2)
+
+
+@each_op
+@pytest.mark.parametrize("name", GATES)
+def test_values_and_gradients_on_gpu(op, name):
+    arguments, cotangents = operands(op)
+    arguments[3], _ = GATES[name]
+    assert_near(pairs(kernel(op, blocks=ON_GPU), arguments, cotangents), 1e-5)
+
+
+@each_op
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segments_on_gpu(op, name):
+    assert_near(pairs(kernel(op, blocks=ON_GPU), *operands(op), ids(name)), 1e-5)
+
+
+@each_op
+@pytest.mark.parametrize(("name", "moderate"), [("at the limit", True), ("strong", False)])
+def test_the_way_on_gpu(op, name, moderate):
+    """The one that is taken gives the bits of the one that is forced, and not those of the other."""
+    arguments, cotangents = operands(op)
+    arguments[3], _ = GATES[name]
+    chosen, same, other = (
+        kernel(op, way, ON_GPU)(arguments, cotangents, None) for way in (None, moderate, not moderate)
+    )
+    for x, y in zip(chosen, same, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert any(np.any(x != y) for x, y in zip(chosen, other, strict=True))
+
+
+@either_way
+@sharing
+def test_heads_that_share_on_gpu(op, heads, moderate):
+    assert_near(pairs(kernel(op, moderate, ON_GPU), *operands(op, heads)), 1e-5)
+
+
+@each_op
+@either_way
+def test_bfloat16_on_gpu(op, moderate):
+    assert_near_in_bfloat16(pairs(kernel(op, moderate, ON_GPU), *in_bfloat16(op)))
