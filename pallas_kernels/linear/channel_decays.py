@@ -15,7 +15,8 @@ of its own: with read = exp(b - b_m) and write = exp(b_m - b)
     S~ = enter S        o = A v + (q * read) S~        S' = leave (keep S~ + (k * write)^T v)
 
 for enter = exp(b_m), leave = exp(b_C - b_m) and keep = 1; else enter = leave = 1, read = exp b, write = exp(b_C - b),
-keep = exp b_C. Both ways are the same mathematics, and round alike.
+keep = exp b_C. Where decay is not that moderate, but is over half a quarter of the chunk, two halvings leave pairs within
+quarters, which are one product more, each quarter with a middle of its own. All ways are the same mathematics.
 
 Where one of several packed sequences begins nothing passes. A gate that forgets all would say so, but make decay strong
 in every step with such a token, at twice the time: so kernels are told where sequences begin, and mask.
@@ -36,6 +37,8 @@ from pallas_kernels.linear import gates, walk
 from pallas_kernels.linear.walk import Problem, dot, every_second, with_gaps
 
 SUBLANES = 8
+SPLITS = 2
+"""Halvings where decay is strong over half a chunk, but moderate over half of a quarter of it."""
 
 
 class Level(NamedTuple):
@@ -134,21 +137,27 @@ class Sums(NamedTuple):
 
 
 class Way:
-    """How a grid step is worked: where decay is `moderate` in all its chunks, with one level of pairs."""
+    """How a grid step is worked: after so many `halvings` one product has all the pairs that are left."""
 
-    def __init__(self, p: Problem, moderate: bool, borders_ref: Any) -> None:
-        self.moderate = moderate
+    def __init__(self, p: Problem, halvings: int, borders_ref: Any) -> None:
+        self.halvings = halvings
         self._p, self._borders = p, borders_ref
         # By identity, for in a loop the number of a chunk is traced.
         self._packings = dict[int, tuple[Any, Packing]]()
+
+    @property
+    def together(self) -> bool:
+        """Whether chunks are worked side by side, for which all halvings would be too much code."""
+        return self.halvings <= SPLITS
 
     def decays(self, c: Any, sums: Sums) -> Decays:
         """Of chunk `c`, from the sums of its gates."""
         p, packing, (since, middle) = self._p, self._packing(c), sums
         last = [x[-1:] for x in since]
         at_end = [x + m for x, m in zip(last, middle, strict=True)]
-        levels, enter, leave = functools.partial(_halvings, p, since), None, None
-        if self.moderate:
+        levels, enter, leave = functools.partial(_halvings, p, since, self.halvings), None, None
+        is_one = self.halvings == 0
+        if is_one:
             exponent, exp = functools.reduce(jnp.add, since), gates.exponential(p.dtype)
             read, write, keep = exp(exponent), exp(-exponent), None
             enter, leave = _exp(p, middle), _exp(p, last)
@@ -160,7 +169,7 @@ class Way:
         if packing is not None:
             levels = functools.partial(_within, packing, levels)
             keep = packing.kept(jnp.ones((1, p.width), jnp.float32) if keep is None else keep)
-        return Decays(levels, read, write, enter, keep, leave, self.moderate)
+        return Decays(levels, read, write, enter, keep, leave, is_one)
 
     def _packing(self, c: Any) -> Packing | None:
         """Of chunk `c`, for all heads."""
@@ -181,16 +190,30 @@ class Way:
         return x if (packing := self._packing(c)) is None else packing.written(x)
 
 
-def either(p: Problem, gate_ref: Any, borders_ref: Any, step: Any, work: Callable[[Way], None]) -> None:
-    """Does `work` in the way of moderate decay if that is so in every chunk of the grid step, else in the other."""
-    half, least = p.tiling.chunk // 2, []
-    for c in range(p.tiling.chunks):
-        for h in range(p.tiling.heads):
-            gate = walk.part(p, gate_ref, c, h, p.width, step=step)
-            least += [jnp.sum(rows, axis=0, keepdims=True) for rows in (gate[:half], gate[half:])]
-    moderate = jnp.min(functools.reduce(jnp.minimum, least)) >= -gates.MODERATE
-    pl.when(moderate)(lambda: work(Way(p, True, borders_ref)))
-    pl.when(jnp.logical_not(moderate))(lambda: work(Way(p, False, borders_ref)))
+def by_strength(p: Problem, gate_ref: Any, borders_ref: Any, step: Any, work: Callable[[Way], None]) -> None:
+    """Does `work` in the way of the strongest decay in the grid step: see `Way`."""
+
+    def least(rows: int) -> jax.Array:
+        """Over any so many rows of any channel."""
+        sums = []
+        for c in range(p.tiling.chunks):
+            for h in range(p.tiling.heads):
+                gate = walk.part(p, gate_ref, c, h, p.width, step=step)
+                sums += [jnp.sum(gate[i : i + rows], axis=0, keepdims=True) for i in range(0, p.tiling.chunk, rows)]
+        return jnp.min(functools.reduce(jnp.minimum, sums))
+
+    def unless(moderate: jax.Array, work: Callable[[], None], otherwise: Callable[[], None]) -> None:
+        pl.when(moderate)(work)
+        pl.when(jnp.logical_not(moderate))(otherwise)
+
+    half = p.tiling.chunk // 2
+
+    def strong() -> None:
+        moderate = least(half >> SPLITS) >= -gates.MODERATE
+        splits, all_pairs = (Way(p, n, borders_ref) for n in (SPLITS, p.tiling.chunk.bit_length() - 1))
+        unless(moderate, lambda: work(splits), lambda: work(all_pairs))
+
+    unless(least(half) >= -gates.MODERATE, lambda: work(Way(p, 0, borders_ref)), strong)
 
 
 def gate_refs(p: Problem, refs: Sequence[Any]) -> tuple[Any, Any, Sequence[Any]]:
@@ -254,13 +277,15 @@ def _running_sum(x: jax.Array) -> jax.Array:
     return x
 
 
-def _middle(x: jax.Array, size: int) -> jax.Array:
-    """For every row, the row where the second half of its block of 2 `size` rows begins."""
+def _middle(x: jax.Array, size: int, *, before: int = 0) -> jax.Array:
+    """For every row, the row where the second half of its block of 2 `size` rows begins, or so many before that."""
     if 2 * size > SUBLANES:
         starts = range(size, x.shape[0], 2 * size)
-        return jnp.concatenate([jnp.broadcast_to(x[i : i + 1], (2 * size, x.shape[1])) for i in starts], axis=0)
+        return jnp.concatenate(
+            [jnp.broadcast_to(x[i - before : i - before + 1], (2 * size, x.shape[1])) for i in starts], axis=0
+        )
     row = walk.iota((SUBLANES, x.shape[1]), 0)
-    place = row // (2 * size) * (2 * size) + size
+    place = row // (2 * size) * (2 * size) + size - before
     tiles = [x[i : i + SUBLANES] for i in range(0, x.shape[0], SUBLANES)]
     return jnp.concatenate(
         [jnp.take_along_axis(tile, place, axis=0, mode="promise_in_bounds") for tile in tiles], axis=0
@@ -278,16 +303,20 @@ def _whole(p: Problem, read: jax.Array, write: jax.Array) -> Iterator[Level]:
     yield Level(0, read, write, walk.iota((chunk, chunk), 0) >= walk.iota((chunk, chunk), 1))
 
 
-def _halvings(p: Problem, sums: Sequence[jax.Array]) -> Iterator[Level]:
-    chunk = p.tiling.chunk
+def _halvings(p: Problem, sums: Sequence[jax.Array], count: int) -> Iterator[Level]:
+    """So many, and what is left in one."""
+    chunk, exp = p.tiling.chunk, gates.exponential(p.dtype)
     row, column = walk.iota((chunk, chunk), 0), walk.iota((chunk, chunk), 1)
     size = chunk // 2
-    while size:
+    for _ in range(count):
         since = functools.reduce(jnp.add, [x - _middle(x, size) for x in sums])
-        decay = gates.exponential(p.dtype)(-jnp.abs(since))
+        decay = exp(-jnp.abs(since))
         level = Level(size, decay, decay, (row // size == column // size + 1) & (row // size % 2 == 1))
         yield level._replace(late_decay=level.late(decay), early_decay=level.early(decay))
         size //= 2
+    if size:
+        since = functools.reduce(jnp.add, [x - _middle(x, size, before=1) for x in sums])
+        yield Level(0, exp(since), exp(-since), (row // (2 * size) == column // (2 * size)) & (row > column))
 
 
 def _diagonal(p: Problem) -> jax.Array:

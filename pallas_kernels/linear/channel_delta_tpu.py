@@ -107,10 +107,10 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
             units = [(i, c, h) for i, c in enumerate(together) for h in range(p.tiling.heads)]
             walk.lockstep(walk.delayed(unit(way, c, h), i * DELAY) for i, c, h in units)
 
-        walk.chunks(p, chunks, together=way.moderate)
+        walk.chunks(p, chunks, together=way.together)
 
     with walk.carried(p, state, s0_ref, end_ref):
-        decays.either(p, gate_ref, borders_ref, step, work)
+        decays.by_strength(p, gate_ref, borders_ref, step, work)
 
 
 def _backward_kernel(p: Problem, *refs: Any) -> None:
@@ -251,12 +251,12 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
             # The gradient of the state is written in the third turn.
             walk.lockstep(walk.delayed(turn(way, c, h), 2 * i) for i, c in enumerate(chunks) for h in heads)
 
-        walk.chunks(p, first, together=way.moderate)
-        walk.chunks(p, last, together=way.moderate, backward=True)
+        walk.chunks(p, first, together=way.together)
+        walk.chunks(p, last, together=way.together, backward=True)
 
     states[0] = start_ref[0, 0]
     with walk.carried(p, gradient, dend_ref, d0_ref):
-        decays.either(p, gate_ref, borders_ref, step, work)
+        decays.by_strength(p, gate_ref, borders_ref, step, work)
 
 
 def _by_chunk(p: Problem, rows: jax.Array) -> jax.Array:

@@ -70,10 +70,10 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
                     walk.keep(outs[2], state, c, keep)
                 walk.lockstep(turn(way, c, h) for h in heads)
 
-        walk.chunks(p, chunks, together=way.moderate)
+        walk.chunks(p, chunks, together=way.together)
 
     with walk.carried(p, state, s0_ref, end_ref):
-        decays.either(p, gate_ref, borders_ref, step, work)
+        decays.by_strength(p, gate_ref, borders_ref, step, work)
 
 
 def _backward_kernel(p: Problem, *refs: Any) -> None:
@@ -150,12 +150,12 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
             for c in together:
                 walk.lockstep(stream(way, c, h) for h in heads)
 
-        walk.chunks(p, functools.partial(chunks, again), together=way.moderate)
-        walk.chunks(p, functools.partial(chunks, turn), together=way.moderate, backward=True)
+        walk.chunks(p, functools.partial(chunks, again), together=way.together)
+        walk.chunks(p, functools.partial(chunks, turn), together=way.together, backward=True)
 
     states[0] = start_ref[0, 0]
     with walk.carried(p, gradient, dend_ref, d0_ref):
-        decays.either(p, gate_ref, borders_ref, step, work)
+        decays.by_strength(p, gate_ref, borders_ref, step, work)
 
 
 def forward(

@@ -1,4 +1,4 @@
-"""Both ways of the kernels with decays of channels, and when each is taken, against the recurrence in float64."""
+"""All ways of the kernels with decays of channels, and when each is taken, against the recurrence in float64."""
 
 import dataclasses
 import functools
@@ -60,34 +60,48 @@ def of_halves(total, states=2, width=7, at=(...,)):
 
 
 LIMIT = gates.MODERATE
-BOTH, FIRST, SECOND, NEITHER = ((True,) * 2, (True, False), (False, True), (False,) * 2)
+MODERATE, SPLIT, STRONG = WAYS = (0, channel_decays.SPLITS, 3)
+"""Halvings of a chunk of 8 rows; what is left of a split one are pairs of rows, half of which is one row."""
+ALL = {way: (way, way) for way in WAYS}
 GATES = {
-    # For the first and the second grid step: whether it is moderate, for either head.
-    "moderate": (moderate(2, 7), (BOTH, BOTH)),
-    "none": (jnp.zeros((1, LENGTH, 2, 7)), (BOTH, BOTH)),
-    "at the limit": (of_halves(-LIMIT, at=(..., slice(3))), (BOTH, BOTH)),
-    "beyond it": (of_halves(-LIMIT, at=(..., slice(3))).at[:, 3, 1, 2].add(-1e-3), (FIRST, BOTH)),
-    "one channel of one head": (of_halves(-LIMIT - 1, at=(0, slice(20, None), 0, 2)), (BOTH, SECOND)),
-    "strong": (moderate(2, 7) * 20, (NEITHER, NEITHER)),
-    "strong and weak": (moderate(2, 7).at[..., ::2].set(-20.0), (NEITHER, NEITHER)),
-    "one that forgets all": (moderate(2, 7).at[:, 23].set(-1e4), (BOTH, NEITHER)),
+    # For the first and the second grid step: the way of either head.
+    "moderate": (moderate(2, 7), (ALL[MODERATE], ALL[MODERATE])),
+    "none": (jnp.zeros((1, LENGTH, 2, 7)), (ALL[MODERATE], ALL[MODERATE])),
+    "at the limit": (of_halves(-LIMIT, at=(..., slice(3))), (ALL[MODERATE], ALL[MODERATE])),
+    "beyond it": (
+        of_halves(-LIMIT, at=(..., slice(3))).at[:, 3, 1, 2].add(-1e-3),
+        ((MODERATE, SPLIT), ALL[MODERATE]),
+    ),
+    "beyond it everywhere": (of_halves(-LIMIT - 1e-2, at=(..., slice(0, None, 4))), (ALL[SPLIT], ALL[SPLIT])),
+    "one channel of one head": (
+        of_halves(-LIMIT - 1, at=(0, slice(20, None), 0, 2)),
+        (ALL[MODERATE], (SPLIT, MODERATE)),
+    ),
+    "strong and weak": (moderate(2, 7).at[..., ::2].set(-20.0), (ALL[SPLIT], ALL[SPLIT])),
+    "at the limit of a split": (moderate(2, 7).at[:, ::3, :, 4].set(-LIMIT), (ALL[SPLIT], ALL[SPLIT])),
+    "beyond that": (
+        moderate(2, 7).at[:, ::3, :, 4].set(-LIMIT).at[:, 21, 0, 4].add(-1e-3),
+        (ALL[SPLIT], (STRONG, SPLIT)),
+    ),
+    "strong": (moderate(2, 7) * 20, (ALL[STRONG], ALL[STRONG])),
+    "one that forgets all": (moderate(2, 7).at[:, 23].set(-1e4), (ALL[MODERATE], ALL[STRONG])),
 }
 TAKEN = []
-"""Of every grid step that was run on TPU: its number, and whether its decay counted as moderate."""
+"""Of every grid step that was run on TPU: its number, and how it was worked."""
 
 
 @functools.cache
 def kernel(op, way=None, blocks=BLOCKS):
     """Outputs and every gradient; with `way`, every step that way whatever its gates."""
-    either = channel_decays.either
+    by_strength = channel_decays.by_strength
 
     def watched(p, gate_ref, borders_ref, step, work):
         def told(taken):
-            jax.debug.callback(lambda step: TAKEN.append((int(step), taken.moderate)), step)
+            jax.debug.callback(lambda step: TAKEN.append((int(step), taken.halvings)), step)
             work(taken)
 
         if way is None:
-            either(p, gate_ref, borders_ref, step, told)
+            by_strength(p, gate_ref, borders_ref, step, told)
         else:
             told(channel_decays.Way(p, way, borders_ref))
 
@@ -99,9 +113,9 @@ def kernel(op, way=None, blocks=BLOCKS):
             return entry(*operands, scale=0.7, platform=platform, blocks=blocks)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(channel_decays, "either", watched)
+            patch.setattr(channel_decays, "by_strength", watched)
             if way is not None:
-                patch.setattr(gates, "MODERATE", np.inf if way else -np.inf)
+                patch.setattr(gates, "MODERATE", 1e9 if way == MODERATE else -1e9)
             # Their caches know nothing of the way that is forced.
             for entry in (additive_kernel, delta_kernel):
                 for name in ("_run", "_gradients"):
@@ -145,17 +159,17 @@ def assert_near(pairs, ratio):
 each_op = pytest.mark.parametrize("op", ["additive", "delta"])
 sharing = pytest.mark.parametrize(("op", "heads"), [("additive", "grouped"), ("delta", "grouped"), ("delta", "shared")])
 either_packing = pytest.mark.parametrize("packed", [None, np.repeat([[0, 1]], [11, 18], axis=1)], ids=["one", "two"])
-either_way = pytest.mark.parametrize("moderate", [True, False])
+each_way = pytest.mark.parametrize("way", WAYS)
 
 
 @each_op
 @pytest.mark.parametrize("name", GATES)
 def test_values_gradients_and_the_way_to_them(op, name):
     arguments, cotangents = operands(op)
-    arguments[3], moderate = GATES[name]
+    arguments[3], ways = GATES[name]
     assert_near(pairs(kernel(op), arguments, cotangents), 1e-5)
     # Both heads, forward and backward.
-    assert sorted(TAKEN) == [(step, way) for step, ways in enumerate(moderate) for way in sorted(ways * 2)]
+    assert sorted(TAKEN) == [(step, way) for step, heads in enumerate(ways) for way in sorted(heads * 2)]
 
 
 def ids(name):
@@ -169,33 +183,56 @@ def test_segments_leave_decay_moderate(op, name):
     arguments, cotangents = operands(op)
     arguments[3] = arguments[3].at[:, np.cumsum(SEGMENTS[name])[:-1]].set(-1e4)
     assert_near(pairs(kernel(op), arguments, cotangents, ids(name)), 1e-5)
-    assert {way for _, way in TAKEN} == {True}
+    assert {taken for _, taken in TAKEN} == {MODERATE}
 
 
 @each_op
+@pytest.mark.parametrize("way", [SPLIT, STRONG])
 @pytest.mark.parametrize("name", SEGMENTS)
-def test_segments_and_strong_gates(op, name):
+def test_segments_and_strong_gates(op, name, way):
     arguments, cotangents = operands(op)
     arguments[3] = GATES["strong and weak"][0]
-    assert_near(pairs(kernel(op, way=False), arguments, cotangents, ids(name)), 1e-5)
-    assert {way for _, way in TAKEN} == {False}
+    assert_near(pairs(kernel(op, way), arguments, cotangents, ids(name)), 1e-5)
+    assert {taken for _, taken in TAKEN} == {way}
 
 
-@either_way
-@either_packing
-@sharing
-def test_heads_that_share(op, heads, packed, moderate):
-    blocks = dataclasses.replace(BLOCKS, heads=2)
-    assert_near(pairs(kernel(op, moderate, blocks), *operands(op, heads), packed), 1e-5)
-    assert {way for _, way in TAKEN} == {moderate}
+ONE_CHUNK = dataclasses.replace(BLOCKS, chunk=64, chunks=1)
 
 
 @each_op
-@either_way
+@pytest.mark.parametrize("way", [MODERATE, SPLIT, 6])
+def test_halves_that_are_whole_tiles(op, way):
+    """A chunk of 64 rows, split into 16."""
+    arguments, cotangents = operands(op)
+    arguments[3] /= 8
+    assert_near(pairs(kernel(op, way, ONE_CHUNK), arguments, cotangents), 1e-5)
+    assert {taken for _, taken in TAKEN} == {way}
+
+
+@each_op
+def test_a_split_at_its_limit(op):
+    """Of either half of 16 rows one forgets as much as may be, the first row of the second half among them."""
+    arguments, cotangents = operands(op)
+    arguments[3] = jnp.zeros_like(arguments[3]).at[:, 1::16, :, 4].set(-LIMIT).at[:, 8::16, :, 4].set(-LIMIT)
+    assert_near(pairs(kernel(op, blocks=ONE_CHUNK), arguments, cotangents), 1e-5)
+    assert {taken for _, taken in TAKEN} == {SPLIT}
+
+
+@each_way
 @either_packing
-def test_bfloat16(op, packed, moderate):
-    assert_near_in_bfloat16(pairs(kernel(op, moderate), *in_bfloat16(op), packed))
-    assert {way for _, way in TAKEN} == {moderate}
+@sharing
+def test_heads_that_share(op, heads, packed, way):
+    blocks = dataclasses.replace(BLOCKS, heads=2)
+    assert_near(pairs(kernel(op, way, blocks), *operands(op, heads), packed), 1e-5)
+    assert {taken for _, taken in TAKEN} == {way}
+
+
+@each_op
+@each_way
+@either_packing
+def test_bfloat16(op, packed, way):
+    assert_near_in_bfloat16(pairs(kernel(op, way), *in_bfloat16(op), packed))
+    assert {taken for _, taken in TAKEN} == {way}
 
 
 def in_bfloat16(op):
@@ -222,27 +259,30 @@ def test_segments_on_gpu(op, name):
     assert_near(pairs(kernel(op, blocks=ON_GPU), *operands(op), ids(name)), 1e-5)
 
 
+each_way_on_gpu = pytest.mark.parametrize("way", [MODERATE, STRONG])
+
+
 @each_op
-@pytest.mark.parametrize(("name", "moderate"), [("at the limit", True), ("strong", False)])
-def test_the_way_on_gpu(op, name, moderate):
-    """The one that is taken gives the bits of the one that is forced, and not those of the other."""
+@pytest.mark.parametrize(("name", "way"), [("at the limit", MODERATE), ("beyond it everywhere", STRONG)])
+def test_the_way_on_gpu(op, name, way):
+    """The one that is taken gives the bits of the one that is forced, and not those of the other: in every tile."""
     arguments, cotangents = operands(op)
     arguments[3], _ = GATES[name]
-    chosen, same, other = (
-        kernel(op, way, ON_GPU)(arguments, cotangents, None) for way in (None, moderate, not moderate)
-    )
-    for x, y in zip(chosen, same, strict=True):
+    forced = {way: kernel(op, way, ON_GPU)(arguments, cotangents, None) for way in (MODERATE, STRONG)}
+    chosen = kernel(op, blocks=ON_GPU)(arguments, cotangents, None)
+    for x, y in zip(chosen, forced.pop(way), strict=True):
         np.testing.assert_array_equal(x, y)
+    (other,) = forced.values()
     assert any(np.any(x != y) for x, y in zip(chosen, other, strict=True))
 
 
-@either_way
+@each_way_on_gpu
 @sharing
-def test_heads_that_share_on_gpu(op, heads, moderate):
-    assert_near(pairs(kernel(op, moderate, ON_GPU), *operands(op, heads)), 1e-5)
+def test_heads_that_share_on_gpu(op, heads, way):
+    assert_near(pairs(kernel(op, way, ON_GPU), *operands(op, heads)), 1e-5)
 
 
 @each_op
-@either_way
-def test_bfloat16_on_gpu(op, moderate):
-    assert_near_in_bfloat16(pairs(kernel(op, moderate, ON_GPU), *in_bfloat16(op)))
+@each_way_on_gpu
+def test_bfloat16_on_gpu(op, way):
+    assert_near_in_bfloat16(pairs(kernel(op, way, ON_GPU), *in_bfloat16(op)))
