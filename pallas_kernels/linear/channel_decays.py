@@ -15,8 +15,8 @@ of its own: with read = exp(b - b_m) and write = exp(b_m - b)
     S~ = enter S        o = A v + (q * read) S~        S' = leave (keep S~ + (k * write)^T v)
 
 for enter = exp(b_m), leave = exp(b_C - b_m) and keep = 1; else enter = leave = 1, read = exp b, write = exp(b_C - b),
-keep = exp b_C. Where decay is not that moderate, but is over half a quarter of the chunk, two halvings leave pairs within
-quarters, which are one product more, each quarter with a middle of its own. All ways are the same mathematics.
+keep = exp b_C. Where decay is not that moderate, but is over half a quarter of the chunk, two halvings leave pairs
+within quarters, which are one product more, each quarter with a middle of its own. All ways are the same mathematics.
 
 Where one of several packed sequences begins nothing passes. A gate that forgets all would say so, but make decay strong
 in every step with such a token, at twice the time: so kernels are told where sequences begin, and mask.

@@ -20,10 +20,11 @@ def test_the_family_compiles(target, family):
 def test_moderate_decays_of_channels_take_at_most_twice_the_time_of_scalar_ones(form, way, family):
     reports = [family("linear", "v5e", only=f"{name}-{way}") for name in ("scalar", form)]
     scalar, channel = (next(iter(report.rows.values()))["kernels"][0] for report in reports)
-    # A step goes one way or the other, and the table has both.
-    moderate, any_decay = sorted({step["seconds"] for step in channel["hot_regions"]})
-    assert moderate < 2 * scalar["seconds"] < any_decay == channel["seconds"]
-    assert re.search(r"^ +or +\d+ ", reports[1].shown, re.M)
+    # A step goes one of three ways, and the table has all.
+    moderate, split, any_decay = sorted({step["seconds"] for step in channel["hot_regions"]})
+    assert moderate < 2 * scalar["seconds"] < split < 0.75 * any_decay
+    assert any_decay == channel["seconds"]
+    assert len(re.findall(r"^ +or +\d+ ", reports[1].shown, re.M)) == 2
 
 
 def test_kernels_for_h100_use_its_matrix_units_and_spill_nothing(family):
