@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jattn
+from benchmarks import __main__ as command
+from benchmarks import fla_peer, kernels, linear_gpu
+
 # Pages that the system clears while 64 MiB are taken a second time, filled, and given back.
 FAULTS = """\
 import ctypes, resource
@@ -33,3 +37,43 @@ def test_memory_that_is_kept_is_not_cleared_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=root, capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
     assert kept < given_back / 8
+
+
+def test_the_benchmark_for_gpus_measures_what_it_says(monkeypatch):
+    """Here with the XLA paths in the place of kernels, against each other and without a peer."""
+    monkeypatch.setattr(fla_peer, "missing", lambda: "no peer")
+    found = linear_gpu.run(((1, 48), (2, 32)), heads=2, width=16, kernels="reference", softmax="xla", repeat=1)
+    assert [(row[""], row["way"]) for row in found.rows] == [
+        (f"{form}, {size}", way)
+        for size in ("1 x 48", "2 x 32")
+        for form in linear_gpu.FORMS
+        for way in linear_gpu.WAYS
+    ]
+    assert all(row["million tokens/s"] > 0 and row["x fla"] == "-" for row in found.rows)
+    # The recurrence token by token, and the chunks of the XLA path.
+    errors = [error for _, error, _, _ in found.targets]
+    assert len(errors) == 8
+    assert 0 < max(errors) < 1e-2
+    assert found.met()
+
+
+def test_every_case_of_kernels_runs_on_one():
+    for dtype in kernels.LIMITS:
+        for name, case in kernels.cases(kernels.LENGTH, kernels.GRID, 4, 64, dtype).items():
+            (decision,) = jattn.explain(case.op, **case.arrays, **case.options)
+            assert (decision.chosen["tpu"], decision.chosen["cuda"]) == ("pallas_tpu", "pallas_gpu"), (name, decision)
+
+
+def test_kernels_are_compared_with_references(monkeypatch):
+    """Here the XLA paths are; one that is wrong is seen."""
+    small = {"length": 40, "grid": (8, 9), "heads": 2, "width": 8, "kernels": "xla"}
+    found = kernels.run(**small, only="linear attention, decay of tokens*")
+    assert [row["dtype"] for row in found.rows] == ["bfloat16"] * 2 + ["float32"] * 2
+    assert found.met()
+    monkeypatch.setattr(kernels, "LIMITS", {"float32": (1e-9, 1e-9)})
+    assert not kernels.run(**small, only="linear attention, divided").met()
+
+
+def test_a_benchmark_that_cannot_be_measured_here_says_why(capsys):
+    assert command.main(["linear_gpu"]) == 2
+    assert capsys.readouterr().err == "error: linear_gpu: a GPU is needed, jax sees cpu\n"
