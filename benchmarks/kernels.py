@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
-from benchmarks.measure import Result
+from benchmarks.measure import Result, rms_ratio
 from jattn.masks import Causal, SlidingWindow
 
 LENGTH, GRID = 1000, (30, 37)
@@ -133,12 +133,7 @@ def _errors(case: Case, kernels: Any) -> dict[str, float]:
     found = _both(case, case.arrays, kernels)
     with jax.default_matmul_precision("highest"):
         wanted = _both(case, wide, "reference")
-
-    def error(x: jax.Array, y: jax.Array) -> float:
-        a, b = (np.asarray(z, np.float64) for z in (x, y))
-        return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
-
-    return {name: error(x, wanted[name]) for name, x in found.items()}
+    return {name: rms_ratio(x, wanted[name]) for name, x in found.items()}
 
 
 def _both(case: Case, arrays: Mapping[str, jax.Array], implementation: Any) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import fla_peer
-from benchmarks.measure import Result, interleaved, median, ratio
+from benchmarks.measure import Result, interleaved, median, ratio, rms_ratio
 from jattn import delta_rule, linear_attention
 
 SIZES = ((8, 2048), (2, 8192), (1, 32768))
@@ -74,8 +74,10 @@ def run(
             if no_peer is None:
                 peer = fla_peer.Peer(form, operands, cotangent, scale)
                 ways["fla"], wait["fla"] = {WAYS[0]: peer.forward, WAYS[1]: peer.both}, peer.wait
-                targets.append((f"{case}: outputs beside fla's, RMS ratio", _rms(out, peer.outputs()), 1e-2, "at most"))
-            targets.append((f"{case}: outputs beside the XLA path's, RMS ratio", _rms(out, want), 1e-2, "at most"))
+                targets.append(
+                    (f"{case}: outputs beside fla's, RMS ratio", rms_ratio(out, peer.outputs()), 1e-2, "at most")
+                )
+            targets.append((f"{case}: outputs beside the XLA path's, RMS ratio", rms_ratio(out, want), 1e-2, "at most"))
             for way in WAYS:
                 calls = {name: _repeated(of[way], repeat, wait[name]) for name, of in ways.items()}
                 seconds = interleaved(calls, rounds=7, warmup=2)
@@ -127,7 +129,3 @@ def _repeated(call: Callable[[], Any], times: int, wait: Callable[[Any], Any]) -
         wait(last)
 
     return run
-
-
-def _rms(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)))

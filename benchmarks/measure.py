@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -75,6 +76,12 @@ def ratio(seconds: Mapping[str, Sequence[float]], above: str, below: str) -> flo
 
 def median(seconds: Mapping[str, Sequence[float]], name: str) -> float:
     return statistics.median(seconds[name])
+
+
+def rms_ratio(found: Any, wanted: Any) -> float:
+    """The root of the mean square of the difference, over that of what is wanted."""
+    x, y = (np.asarray(z, np.float64) for z in (found, wanted))
+    return float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)))
 
 
 def temporary_bytes(function: Callable[..., Any], *arguments: Any) -> int:

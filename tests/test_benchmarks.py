@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import pkgutil
 import subprocess
 import sys
+import types
 from pathlib import Path
+
+import numpy as np
 
 import jattn
 from benchmarks import __main__ as command
@@ -77,3 +82,53 @@ def test_kernels_are_compared_with_references(monkeypatch):
 def test_a_benchmark_that_cannot_be_measured_here_says_why(capsys):
     assert command.main(["linear_gpu"]) == 2
     assert capsys.readouterr().err == "error: linear_gpu: a GPU is needed, jax sees cpu\n"
+
+
+def test_benchmarks_that_cannot_be_measured_here_are_left_out_of_all(monkeypatch, capsys):
+    found = [pkgutil.ModuleInfo(None, name, False) for name in ("kernels", "linear_gpu")]
+    monkeypatch.setattr(command.pkgutil, "iter_modules", lambda _: found)
+    assert command.main([]) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line] == [
+        "kernels: left out",
+        "linear_gpu: left out",
+    ]
+
+
+class Tensor(np.ndarray):
+    """As much of PyTorch's as the peer uses."""
+
+    clone = requires_grad_ = cpu = lambda self: self
+    float = numpy = lambda self: self.astype(np.float32)
+
+
+def test_the_peer_gets_the_operands_by_its_own_names(monkeypatch):
+    seen = []
+
+    def function(form):
+        def run(q, k, v, g, scale, **beta):
+            seen.append((form, g.ndim, [*beta], scale))
+            return 2 * q, None
+
+        return run
+
+    names = "chunk_simple_gla", "chunk_gla", "chunk_gated_delta_rule", "chunk_kda"
+    ops = types.SimpleNamespace(**{name: function(name) for name in names})
+    torch = types.SimpleNamespace(
+        from_dlpack=lambda x: np.asarray(x).view(Tensor),
+        no_grad=contextlib.nullcontext,
+        autograd=types.SimpleNamespace(grad=lambda out, operands, cotangent: (len(operands), out + cotangent)),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "fla", types.SimpleNamespace(ops=ops))
+    x = linear_gpu._operands(1, 5, 2, 3)
+    cotangent = x.pop("cotangent")
+    for form, (_, more) in linear_gpu.FORMS.items():
+        peer = fla_peer.Peer(form, {name: x[name] for name in ("query", "key", "value", *more)}, cotangent, 0.5)
+        count, out = peer.both()
+        assert count == 3 + len(more)
+        np.testing.assert_array_equal(out, 2 * x["query"] + cotangent)
+        np.testing.assert_array_equal(peer.outputs(), 2 * np.asarray(x["query"], np.float32))
+    assert seen[::2] == seen[1::2]
+    assert seen[::2] == [
+        (name, d, beta, 0.5) for name, d, beta in zip(names, (3, 4, 3, 4), ([], [], *[["beta"]] * 2), strict=True)
+    ]
