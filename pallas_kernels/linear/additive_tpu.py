@@ -28,6 +28,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.linear import walk
 from pallas_kernels.linear.walk import Problem
 
+MADE = 3
+"""States that a unit of the backward walk makes again, until all stand."""
+
 
 def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     """Writes the state before every `keep` chunks, unless `keep` is 0."""
@@ -151,16 +154,14 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
     if divided:
         z[0] = z_start_ref[0, 0, 0]
 
-    def again(h: int) -> None:
-        """The states of head `h` after every chunk; the last one is wanted only by the gradient of the gates."""
-        states[0, h] = start_ref[0, 0, h]
-        for c in range(t.chunks if with_gates else t.chunks - 1):
-            w = weights(c, h)
-            k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
-            written = walk.dot(k, (v * w.write[:, : p.value_width]).astype(v.dtype), (0, 0))
-            states[c + 1, h] = w.total[:, : p.value_width] * states[c, h] + written
-            if divided:
-                z[c + 1, h : h + 1] = _next_z(p, z[c, h : h + 1], k, w)
+    def again(c: int, h: int) -> None:
+        """The state of head `h` after chunk `c`."""
+        w = weights(c, h)
+        k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
+        written = walk.dot(k, (v * w.write[:, : p.value_width]).astype(v.dtype), (0, 0))
+        states[c + 1, h] = w.total[:, : p.value_width] * states[c, h] + written
+        if divided:
+            z[c + 1, h : h + 1] = _next_z(p, z[c, h : h + 1], k, w)
 
     @functools.cache
     def columns(c: int) -> tuple[jax.Array, jax.Array]:
@@ -240,19 +241,23 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
 
         return of_queries
 
-    # The compiler keeps the order of products. At the head of it, those of the states stand among those of the last
-    # chunk, a head ahead of the queries that read them, and queries come a unit late: neither waits for what it reads.
+    for h in range(t.heads):
+        states[0, h] = start_ref[0, 0, h]
+    # The state after the last chunk is wanted only by the gradient of the gates.
+    made = [(c, h) for h in range(t.heads) for c in range(t.chunks if with_gates else t.chunks - 1)]
     units = [(c, h) for c in reversed(range(t.chunks)) for h in range(t.heads)]
-    late: Callable[[], None] | None = None
+    # The compiler keeps the order of products. States are made among those of the first units, whose queries wait until
+    # all stand. Then two units' queries have their turn in every unit, and at last one, late: none reads what is new.
+    waiting: list[Callable[[], None]] = []
     for i, (unit, begun) in enumerate(walk.interleaved(units, t.lag, begin)):
-        for h in range(t.heads)[i + 1 if i else 0 : i + 2]:
-            again(h)
-        of_queries = end(unit, *begun)
-        if late is not None:
-            late()
-        late = of_queries
-    assert late is not None
-    late()
+        for one in made[i * MADE : (i + 1) * MADE]:
+            again(*one)
+        waiting.append(end(unit, *begun))
+        if (i + 1) * MADE >= len(made):
+            for _ in range(min(2, len(waiting) - 1)):
+                waiting.pop(0)()
+    for of_queries in waiting:
+        of_queries()
 
     @pl.when(pl.program_id(2) == p.steps - 1)
     def _() -> None:

@@ -42,13 +42,10 @@ DELAY = 3
 
 def _betas(p: Problem, ref: Any, width: int) -> Callable[[int, int], jax.Array]:
     """beta of (chunk, head) as a column that is as wide as wanted."""
-    size = p.tiling.chunk
+    size, heads = p.tiling.chunk, p.tiling.heads
+    tall = jnp.concatenate([ref[0, 0, :, c * size : (c + 1) * size] for c in range(p.tiling.chunks)], axis=0).T
 
-    @functools.cache
-    def chunk(c: int) -> jax.Array:
-        return ref[0, 0, :, c * size : (c + 1) * size].T
-
-    return lambda c, h: jnp.broadcast_to(chunk(c)[:, h : h + 1], (size, width))
+    return lambda c, h: jnp.broadcast_to(tall[:, c * heads + h : c * heads + h + 1], (size, width))
 
 
 def _strictly_below(size: int) -> jax.Array:

@@ -116,16 +116,16 @@ def weights(p: Problem, refs: Sequence[Any], *, turned: bool = False) -> Callabl
     count, width = gates.parts(p.dtype), max(size, p.width, p.value_width)
     query, key = (iota((size, size), axis) for axis in ((1, 0) if turned else (0, 1)))
 
-    @functools.cache
-    def chunk(c: int) -> tuple[jax.Array, jax.Array]:
-        flat = sums[0, 0, :, c * size : (c + 1) * size]
-        return flat, flat.T
+    flat = [sums[0, 0, :, c * size : (c + 1) * size] for c in range(p.tiling.chunks)]
+    # All turned at once: a column each, of which a register holds 128 as well as one.
+    tall, rows_of_chunk = jnp.concatenate(flat, axis=0).T, count * p.tiling.heads
 
     def of(c: int, h: int) -> Weights:
-        flat, tall = chunk(c)
+        own = range(count * h, count * (h + 1))
+        lanes = [c * rows_of_chunk + i for i in own]
         # A column costs a broadcast along the lanes; exponentials of it are cheaper than more columns.
-        columns = [jnp.broadcast_to(tall[:, i : i + 1], (size, width)) for i in range(count * h, count * (h + 1))]
-        rows = [flat[i : i + 1] for i in range(count * h, count * (h + 1))]
+        columns = [jnp.broadcast_to(tall[:, i : i + 1], (size, width)) for i in lanes]
+        rows = [flat[c][i : i + 1] for i in own]
         pairs = [(column[:, :size], row) for column, row in zip(columns, rows, strict=True)]
         exponent = add(row - column if turned else column - row for column, row in pairs)
         return Weights(
