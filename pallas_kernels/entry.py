@@ -1,11 +1,10 @@
-"""What the entries of all kernel families share: which machine runs, and what a custom VJP is given and gives."""
+"""What the entries of all kernel families share: which machine runs, and operands that vary alike."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 Platform = Literal["tpu", "gpu", "interpret", "interpret_gpu"]
@@ -21,10 +20,3 @@ def alike(*operands: Array) -> list[Array]:
     return [
         jax.lax.pcast(x, tuple(lacks), to="varying") if lacks else x for x, lacks in zip(operands, missing, strict=True)
     ]
-
-
-def zeros_for_symbols(cotangents: tuple[Any, ...]) -> tuple[Array, ...]:
-    """The cotangents, with arrays of zeros for those that nothing depends on."""
-    return tuple(
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents
-    )

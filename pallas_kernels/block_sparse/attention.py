@@ -48,7 +48,8 @@ from pallas_kernels.block_sparse.strips import Strip
 from pallas_kernels.block_sparse.tiling import LANES, Blocks, Tiling
 from pallas_kernels.block_sparse.walk import Problem
 from pallas_kernels.block_sparse.windows import Windows, check_windows, packed, whole_windows
-from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
+from pallas_kernels.derivatives import noted, once, was_noted, zeros_for_symbols
+from pallas_kernels.entry import GPU, Platform, alike
 
 
 class Operands(NamedTuple):
@@ -333,19 +334,20 @@ def _run(p: Problem | gpu.Problem, operands: Operands) -> tuple[Array, Array]:
 def attend_forward(p: Problem | gpu.Problem, operands: Any) -> Any:
     trained = {f"captured{i}": x for i, x in enumerate(operands.captured)}
     trained |= {name: getattr(operands, name) for name in ("kv_bias", "lines", "table")}
-    wanted = {name: () if x.perturbed else None for name, x in trained.items() if x is not None}
+    notes = {name: noted(x.perturbed) for name, x in trained.items() if x is not None}
     operands = jax.tree.map(lambda x: x.value, operands)
-    out, lse = _run(p, operands)
-    return (out, lse), (operands, out, lse, wanted)
+    out, lse = once(functools.partial(_run, p), operands)
+    return (out, lse), (operands, out, lse, notes)
 
 
 def attend_backward(p: Problem | gpu.Problem, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Operands]:
-    return (_gradients(p, residuals, *zeros_for_symbols(cotangents)),)
+    return (once(functools.partial(_gradients, p), residuals, *zeros_for_symbols(cotangents)),)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(p: Problem | gpu.Problem, residuals: Any, d_out: Array, d_lse: Array) -> Operands:
-    operands, out, lse, wanted = residuals
+    operands, out, lse, notes = residuals
+    wanted = {name for name, note in notes.items() if was_noted(note)}
     products = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).reshape(*out.shape[:2], p.heads, p.value_width)
     delta = jnp.moveaxis(jnp.sum(products, axis=-1), 1, 2) - d_lse
     dead = lse == -jnp.inf
@@ -355,21 +357,21 @@ def _gradients(p: Problem | gpu.Problem, residuals: Any, d_out: Array, d_lse: Ar
         padding = ((0, 0), (0, 0), (0, p.rows * p.tiling.block_q - p.q_len))
         rows["shift"] = jnp.pad(rows["shift"], padding, constant_values=jnp.inf)[:, :, None]
         rows["delta"] = jnp.pad(rows["delta"], padding)[:, :, None]
-    with_bias = wanted.get("kv_bias") is not None
+    with_bias = "kv_bias" in wanted
     with_captured = tuple(
-        i for i, x in enumerate(operands.captured) if wanted[f"captured{i}"] is not None and x.dtype == jnp.float32
+        i for i, x in enumerate(operands.captured) if f"captured{i}" in wanted and x.dtype == jnp.float32
     )
     given = (operands.by_row, operands.by_col, operands.named() | rows)
     if isinstance(p, gpu.Problem):
         found = backward_gpu.backward(p, *given, with_bias=with_bias, with_captured=with_captured)
-        if wanted.get("table") is not None and operands.alike is None:
+        if "table" in wanted and operands.alike is None:
             found["dtable"] = distances_gpu.backward(p, operands.by_row, given[-1])
-        elif wanted.get("table") is not None:
+        elif "table" in wanted:
             found["dtable"] = relative_gpu.backward(p, operands.alike, given[-1])
     else:
         given[-1]["lines"] = scores.lines(p, operands.lines)
         of_all: Any = {"with_bias": with_bias, "with_captured": with_captured}
-        found = backward_tpu.backward(p, *given, **of_all, with_lines=wanted.get("lines") is not None)
+        found = backward_tpu.backward(p, *given, **of_all, with_lines="lines" in wanted)
     d_sinks = None
     if operands.sinks is not None:
         d_sinks = -jnp.sum(jnp.exp(operands.sinks[:, None] - shift) * delta, axis=(0, 2))

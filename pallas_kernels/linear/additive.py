@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
+from pallas_kernels.derivatives import noted, once, was_noted, zeros_for_symbols
+from pallas_kernels.entry import GPU, Platform, alike
 from pallas_kernels.linear import additive_gpu, additive_tpu, channel_gpu, channel_tpu, gates, programs, tiling
 from pallas_kernels.linear.call import Call, channel_gates, flat, gate_arrays, given_gates
 from pallas_kernels.linear.programs import Blocks
@@ -154,20 +155,20 @@ def attend(
 
 def attend_forward(call: Call, *operands: Any) -> Any:
     query, key, value, log_decay, state, *borders = (x.value for x in operands)
-    out, starts = _run(call, True, query, key, value, log_decay, state, *borders)
+    out, starts = once(functools.partial(_run, call, True), query, key, value, log_decay, state, *borders)
     # The gradient of the gates costs about a tenth of the backward pass, and slopes of Lightning Attention want none.
-    wanted = () if operands[3].perturbed else None
-    return out, (query, key, value, log_decay, starts, *borders, wanted)
+    return out, (query, key, value, log_decay, starts, *borders, noted(operands[3].perturbed))
 
 
 def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     borders = residuals[5:-1]
-    return *_gradients(call, residuals, *zeros_for_symbols(cotangents)), *[None] * len(borders)
+    found = once(functools.partial(_gradients, call), residuals, *zeros_for_symbols(cotangents))
+    return *found, *[None] * len(borders)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Array) -> tuple[Any, ...]:
-    query, key, value, log_decay, starts, *borders, wanted = residuals
+    query, key, value, log_decay, starts, *borders, with_gates = residuals
     out_gradient = out_gradient.astype(query.dtype)
     sums: Array | None
     if call.platform in GPU:
@@ -193,9 +194,9 @@ def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Ar
             starts,
             flat(out_gradient),
             end_gradient,
-            with_gates=wanted is not None,
+            with_gates=was_noted(with_gates),
         )
-    if sums is None or wanted is None:
+    if sums is None or not was_noted(with_gates):
         dgates = jnp.zeros_like(log_decay)
     else:
         dgates = gates.of_sums(sums, log_decay, key.shape[1], call.tiling.chunk)

@@ -254,8 +254,10 @@ def _backward_kernel(with_gates: bool, p: Problem, *refs: Any) -> None:
             again(*one)
         waiting.append(end(unit, *begun))
         if (i + 1) * MADE >= len(made):
-            for _ in range(min(2, len(waiting) - 1)):
-                waiting.pop(0)()
+            turn = min(2, len(waiting) - 1)
+            for of_queries in waiting[:turn]:
+                of_queries()
+            del waiting[:turn]
     for of_queries in waiting:
         of_queries()
 

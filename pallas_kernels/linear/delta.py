@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.entry import GPU, Platform, alike, zeros_for_symbols
+from pallas_kernels.derivatives import noted, once, was_noted, zeros_for_symbols
+from pallas_kernels.entry import GPU, Platform, alike
 from pallas_kernels.linear import channel_delta_gpu, channel_delta_tpu, delta_gpu, delta_tpu, gates, programs, tiling
 from pallas_kernels.linear.call import Call, channel_gates, flat, gate_arrays, given_gates
 from pallas_kernels.linear.programs import Blocks
@@ -182,19 +183,19 @@ def attend(
 
 def attend_forward(call: Call, *operands: Any) -> Any:
     query, key, value, beta, log_decay, state, *borders = (x.value for x in operands)
-    out, starts = _run(call, True, query, key, value, beta, log_decay, state, *borders)
-    wanted = () if operands[4].perturbed else None
-    return out, (query, key, value, beta, log_decay, starts, *borders, wanted)
+    out, starts = once(functools.partial(_run, call, True), query, key, value, beta, log_decay, state, *borders)
+    return out, (query, key, value, beta, log_decay, starts, *borders, noted(operands[4].perturbed))
 
 
 def attend_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     borders = residuals[6:-1]
-    return *_gradients(call, residuals, *zeros_for_symbols(cotangents)), *[None] * len(borders)
+    found = once(functools.partial(_gradients, call), residuals, *zeros_for_symbols(cotangents))
+    return *found, *[None] * len(borders)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Array) -> tuple[Any, ...]:
-    query, key, value, beta, log_decay, starts, *borders, wanted = residuals
+    query, key, value, beta, log_decay, starts, *borders, with_gates = residuals
     out_gradient = out_gradient.astype(query.dtype)
     if call.platform in GPU:
         gpu = _gpu_problem(call, query, key, value)
@@ -209,14 +210,14 @@ def _gradients(call: Call, residuals: Any, out_gradient: Array, end_gradient: Ar
             dq, dk, dv, dstate, sums, dbeta = channel_delta_tpu.backward(p, *heads, gate, betas, *ends)
         else:
             dq, dk, dv, dstate, sums, dbeta = delta_tpu.backward(
-                p, *heads, gate_arrays(p, log_decay), betas, *ends, with_gates=wanted is not None
+                p, *heads, gate_arrays(p, log_decay), betas, *ends, with_gates=was_noted(with_gates)
             )
     dgates = jnp.zeros_like(log_decay)
     if log_decay.ndim == 4 and call.platform in GPU:
         dgates = sums  # already those of the gates
     elif log_decay.ndim == 4:
         dgates = gates.of_channel_sums(sums.reshape(log_decay.shape), log_decay, call.tiling.chunk)
-    elif wanted is not None:
+    elif was_noted(with_gates):
         dgates = gates.of_sums(sums, log_decay, beta.shape[1], call.tiling.chunk)
     dbeta = jnp.moveaxis(dbeta[..., : beta.shape[1]], 1, 2).astype(beta.dtype)
     return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), dbeta, dgates, dstate

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.entry import Platform, alike, zeros_for_symbols
+from pallas_kernels.derivatives import noted, once, was_noted, zeros_for_symbols
+from pallas_kernels.entry import Platform, alike
 from pallas_kernels.linear import additive, additive_tpu, gates, tiling
 from pallas_kernels.linear.call import Call, flat, gate_arrays, given_gates
 from pallas_kernels.linear.tiling import Tiling
@@ -85,20 +86,20 @@ def attend(
 
 def attend_forward(call: Call, eps: Eps, *operands: Any) -> Any:
     query, key, value, log_decay, state, z = (x.value for x in operands)
-    results, divisors, starts = _run(call, eps, True, query, key, value, log_decay, state, z)
-    wanted = () if operands[3].perturbed else None
-    return results, (query, key, value, log_decay, results[0], divisors, starts, wanted)
+    run = functools.partial(_run, call, eps, True)
+    results, divisors, starts = once(run, query, key, value, log_decay, state, z)
+    return results, (query, key, value, log_decay, results[0], divisors, starts, noted(operands[3].perturbed))
 
 
 def attend_backward(call: Call, eps: Eps, residuals: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-    return _gradients(call, eps, residuals, *zeros_for_symbols(cotangents))
+    return once(functools.partial(_gradients, call, eps), residuals, *zeros_for_symbols(cotangents))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _gradients(
     call: Call, eps: Eps, residuals: Any, out_gradient: Array, end_gradient: Array, z_gradient: Array
 ) -> tuple[Any, ...]:
-    query, key, value, log_decay, out, divisors, (starts, z_starts), wanted = residuals
+    query, key, value, log_decay, out, divisors, (starts, z_starts), with_gates = residuals
     p = _problem(call, eps, query, key, value, log_decay)
     # After the last token the kernel divided by anything.
     is_used = (divisors != 0) & (jnp.arange(p.padded) < p.length)
@@ -116,7 +117,7 @@ def _gradients(
         flat(out_gradient).astype(query.dtype),
         end_gradient,
         divided,
-        with_gates=wanted is not None,
+        with_gates=was_noted(with_gates),
     )
     dgates = jnp.zeros_like(log_decay)
     if sums is not None:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.entry import Platform, alike, zeros_for_symbols
+from pallas_kernels.derivatives import noted, once, was_noted, zeros_for_symbols
+from pallas_kernels.entry import Platform, alike
 from pallas_kernels.neighborhood import one_pass_tpu, tables
 from pallas_kernels.neighborhood.tables import LANES, SUBLANES, Along, Bounds, Problem
 
@@ -104,21 +105,21 @@ def _to_base_2(operands: Operands) -> dict[str, Array]:
 
 
 def attend_forward(p: Problem, operands: Any) -> Any:
-    wanted = () if p.biased and operands.table.perturbed else None
+    with_table = noted(p.biased and operands.table.perturbed)
     operands = jax.tree.map(lambda x: x.value, operands)
-    out, lse = _run(p, operands)
-    return (out, lse), (operands, lse, wanted)
+    out, lse = once(functools.partial(_run, p), operands)
+    return (out, lse), (operands, lse, with_table)
 
 
 def attend_backward(p: Problem, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[Operands]:
-    return (_gradients(p, residuals, *zeros_for_symbols(cotangents)),)
+    return (once(functools.partial(_gradients, p), residuals, *zeros_for_symbols(cotangents)),)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(p: Problem, residuals: Any, d_out: Array, d_lse: Array) -> Operands:
-    operands, lse, wanted = residuals
+    operands, lse, with_table = residuals
     given = _to_base_2(operands) | {"lse": lse, "out_gradient": d_out, "lse_gradient": d_lse}
-    found = one_pass_tpu.backward(p, given, with_table=wanted is not None)
+    found = one_pass_tpu.backward(p, given, with_table=was_noted(with_table))
     gradients: dict[str, Any] = dict.fromkeys(Operands._fields)
     gradients |= {"query": found["dq"], "key": found["dk"], "value": found["dv"], "table": found.get("dtable")}
     return Operands(**gradients)
