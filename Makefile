@@ -53,8 +53,8 @@ lint: setup ## format, lint and type checks
 test-oldest: ## the tests on the oldest jax that is supported
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-bench: setup ## run every benchmark; tables go to benchmarks/results/
-	@$(RUN) -m benchmarks
+bench: setup ## run every benchmark and print its table
+	@$(RUN) -m benchmarks all
 
 clean: ## remove environments and caches (not runs/)
 	rm -rf .venv .venv-oldest .venv-lab build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -119,14 +119,17 @@ def show(result: Result, console: Console) -> None:
     console.print(table)
     for what, value, bound, way in result.targets:
         good = value <= bound if way == "at most" else value >= bound
-        console.print(f"  {'met ' if good else 'MISS'}  {what}: {value:.4g} ({way} {bound:g})")
+        console.print(f"  {'met ' if good else 'MISS'}  {what}: {_text(value)} ({way} {_text(bound)})")
     for note in result.notes:
         console.print(f"  {note}")
     console.print()
 
 
 def _text(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    """Numbers with four figures at least: 0.1234, 16,780."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def write(name: str, result: Result) -> Path:

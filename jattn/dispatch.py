@@ -8,6 +8,7 @@ back to something that was not named. Only `NotImplementedError` means "I do not
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -103,6 +104,16 @@ def _check_whole(platforms: tuple[str, ...]) -> None:
         )
 
 
+def _on_mesh_of(arrays: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Outside of any mesh, that of arrays with explicit axes: what an op makes itself has its place there too."""
+    if jax.sharding.get_abstract_mesh().empty:
+        for leaf in jax.tree.leaves(arrays):
+            mesh = jax.typeof(leaf).sharding.mesh
+            if mesh.explicit_axes:
+                return jax.sharding.use_abstract_mesh(mesh)
+    return contextlib.nullcontext()
+
+
 def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice, *arrays: Any, **options: Any) -> Any:
     """Run the implementation of `op` that `choice` names or, for `None`, the first that fits each platform.
 
@@ -117,6 +128,11 @@ def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice,
       ValueError: `choice` holds a name that does not exist.
       NotImplementedError: nothing that was named does this call; every reason is listed.
     """
+    with _on_mesh_of(arrays):
+        return _dispatch(op, implementations, choice, *arrays, **options)
+
+
+def _dispatch(op: str, implementations: Sequence[Implementation], choice: Choice, *arrays: Any, **options: Any) -> Any:
     table = {implementation.name: implementation for implementation in implementations}
     refused: dict[str, str] = {}
     accepted: list[Implementation] = []

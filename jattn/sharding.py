@@ -35,7 +35,7 @@ from jattn.linear.delta_rule import delta_rule
 from jattn.linear.gated import gated_delta_rule, kda, simple_gla
 from jattn.linear.lightning import lightning_attention
 from jattn.linear.recurrence import linear_attention
-from jattn.linear.retention import retention, retention_gamma
+from jattn.linear.retention import retention, retention_gamma, retention_log_decay
 from jattn.neighborhood.neighborhood import neighborhood_attention
 from jattn.neighborhood.on_mesh import halo_attention
 from jattn.sparse.block_mask import BlockMask
@@ -112,11 +112,15 @@ def shard_attention(
         if context is not None and "initial_state" in arrays:
             raise NotImplementedError("initial_state: with context, the first device begins with nothing")
         # What is wrong with the call as such, the op says in the terms of the call, not of a piece of it.
-        whole = jax.eval_shape(lambda *operands: op(*operands[:3], **operands[3], **options), query, key, value, arrays)
+        described = lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))  # noqa: E731
+        unplaced = jax.tree.map(described, (query, key, value, arrays))
+        whole = jax.eval_shape(lambda *operands: op(*operands[:3], **operands[3], **options), *unplaced)
         operands = (("query", query), ("key", key), ("value", value))
         _check_divides(mesh, *operands, batch=batch, heads=heads, context=context)
-        if op is retention:  # a device does not know which heads it has
-            arrays.setdefault("gamma", retention_gamma(key.shape[2]))
+        ours: set[str] = set()  # arrays that nobody has placed yet
+        if op is retention and "gamma" not in arrays:  # a device does not know which heads it has
+            arrays["gamma"] = retention_gamma(key.shape[2])
+            ours.add("gamma")
 
         static, on_mesh = dict(options), op
         if context is None:
@@ -128,6 +132,7 @@ def shard_attention(
         if context is not None and on_mesh is block_sparse_attention:
             block_mask = static.pop("block_mask")
             arrays["rows"], static["route"] = route(block_mask, query.shape[1], key.shape[1], mesh.shape[context])
+            ours.add("rows")
         token, state = P(batch, context, *[None] * (query.ndim - 4), heads, None), P(batch, heads)
         gate = {1: P(heads), 3: P(batch, context, heads), 4: token}
         specs: dict[str, Any] = {"segment_ids": P(batch, context), "slopes": P(heads), "gamma": P(heads)}
@@ -141,9 +146,9 @@ def shard_attention(
             specs["block_mask"] = _split_lists(arrays["block_mask"], batch, heads)
         if "rows" in arrays:
             specs["rows"] = _split_rows(arrays["rows"], batch, heads, context)
-            if AxisType.Explicit in mesh.axis_types:
-                placed = jax.tree.map(functools.partial(_on_explicit_axes, mesh), specs["rows"])
-                arrays["rows"] = jax.sharding.reshard(arrays["rows"], placed)
+        for name in ours if AxisType.Explicit in mesh.axis_types else ():
+            placed = jax.tree.map(functools.partial(_on_explicit_axes, mesh), specs[name])
+            arrays[name] = jax.sharding.reshard(arrays[name], placed)
 
         def body(query: Array, key: Array, value: Array, arrays: dict[str, Any]) -> Any:
             options = static
@@ -345,7 +350,8 @@ def _lightning_scan(
 
 
 def _retention_scan(query: Array, key: Array, value: Array, *, axis: str, gamma: Array, **options: Any) -> Array:
-    return _simple_gla_scan(query, key, value, axis=axis, log_decay=jnp.log(gamma), **options)
+    log_decay = retention_log_decay(gamma, key.shape[2], query.dtype)
+    return _simple_gla_scan(query, key, value, axis=axis, log_decay=log_decay, **options)
 
 
 def _simple_gla_scan(

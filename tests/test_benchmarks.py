@@ -13,7 +13,7 @@ import numpy as np
 
 import jattn
 from benchmarks import __main__ as command
-from benchmarks import fla_peer, kernels, linear_gpu
+from benchmarks import fla_peer, kernels, linear, linear_gpu, measure
 
 # Pages that the system clears while 64 MiB are taken a second time, filled, and given back.
 FAULTS = """\
@@ -87,11 +87,27 @@ def test_a_benchmark_that_cannot_be_measured_here_says_why(capsys):
 def test_benchmarks_that_cannot_be_measured_here_are_left_out_of_all(monkeypatch, capsys):
     found = [pkgutil.ModuleInfo(None, name, False) for name in ("kernels", "linear_gpu")]
     monkeypatch.setattr(command.pkgutil, "iter_modules", lambda _: found)
-    assert command.main([]) == 0
+    assert command.main(["all"]) == 0
     assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line] == [
         "kernels: left out",
         "linear_gpu: left out",
     ]
+
+
+def test_without_a_name_benchmarks_are_listed_and_none_is_run(monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib, "import_module", None)
+    assert (command.main([]), command.main(["--write"])) == (2, 2)
+    bare = capsys.readouterr().out
+    assert command.main(["--help"]) == command.main(["linear", "-h"]) == 0
+    assert capsys.readouterr().out == bare
+    assert f"  linear           {linear.__doc__.partition('\n')[0]}\n" in bare
+
+
+def test_numbers_have_one_form_in_a_column():
+    values = (4194, 4194.3, 16_780.4, 0.12343, 83.21, -2500.0, "-")
+    assert [measure._text(value) for value in values] == [
+        "4,194", "4,194", "16,780", "0.1234", "83.21", "-2,500", "-",
+    ]  # fmt: skip
 
 
 class Tensor(np.ndarray):

@@ -1,9 +1,13 @@
 """Choosing an implementation: order, platforms, refusals, and that no error is ever swallowed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jattn
 from jattn.dispatch import Implementation, dispatch, explain
 
 
@@ -131,3 +135,20 @@ def test_calls_that_are_alike_are_traced_once_and_explained_all_the_same():
     for _ in range(2):
         call(jnp.ones(3), scale=[2.0])
     assert traced[-2:] == [{"scale": [2.0]}] * 2
+
+
+@pytest.mark.parametrize("spec", [jax.P("data"), jax.P(None, None, "data")])
+@pytest.mark.parametrize("name", ["linear_attention", "delta_rule", "dot_product_attention"])
+def test_arrays_with_explicit_axes_need_no_mesh_around(name, spec):
+    """Their own is the one in which the op makes what it makes."""
+    run = getattr(jattn, name)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    x = jax.random.normal(jax.random.key(0), (2, 70, 2, 4)) / 2
+
+    def both(x):
+        loss = lambda x: jnp.sum(jnp.sin(run(x, x, x)))  # noqa: E731
+        return run(x, x, x), jax.grad(loss)(x)
+
+    got, want = jax.jit(both)(jax.device_put(x, jax.NamedSharding(mesh, spec))), jax.jit(both)(x)
+    assert all(tuple(array.sharding.spec)[: len(spec)] == tuple(spec) for array in got)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)

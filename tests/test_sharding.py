@@ -101,6 +101,22 @@ def op_alone(name: str) -> Any:
     return alone(op, options, make(**more), SEGMENTS)
 
 
+@pytest.mark.parametrize("heads", [None, "tensor"])
+@pytest.mark.parametrize("name", OPS)
+def test_on_explicit_axes(name, heads):
+    """What is shared out already, and a gate that the op makes itself."""
+    op, options, more = OPS[name]
+    mesh = jax.make_mesh((2, 2), ("context", "tensor"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    specs = {3: P(None, "context", heads), 4: P(None, "context", heads)}
+    placed = {
+        key: jax.device_put(x, NamedSharding(mesh, specs.get(x.ndim, P(heads)))) for key, x in make(**more).items()
+    }
+    ids = jax.device_put(SEGMENTS, NamedSharding(mesh, P(None, "context")))
+    sharded = shard_attention(op, mesh, heads=heads, context="context", **options)
+    out, _ = op_alone(name)
+    assert_close(quick_jit(sharded)(**placed, segment_ids=ids), out)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_batch_and_heads(name):
     op, options, more = OPS[name]

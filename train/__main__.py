@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +31,18 @@ Every verb answers --help. Recipes: {recipes}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of the command: 0, or 2 with one line on stderr when the user can mend it."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    """The exit code: 0; 2 with one line on stderr when the user can mend it; 1 when no one reads stdout any more."""
+    try:
+        try:
+            return _call(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as after `| head`; Python flushes again when it exits (documentation of `signal`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _call(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int | None]] = {
         "run": _run,
         "compile": _module("compile"),
@@ -50,9 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if arguments else 2
         if arguments[0] not in verbs:
             raise UserError(f"no verb is called {arguments[0]!r}; there are {', '.join(verbs)}")
-        return verbs[arguments[0]](list(arguments[1:])) or 0
+        return verbs[arguments[0]](arguments[1:]) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "train", "jattn", "pallas_kernels"):
+            raise
+        print(
+            f"error: {missing} is not installed here ({sys.executable}); make setup, then .venv/bin/python -m train "
+            f"{shlex.join(arguments)}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

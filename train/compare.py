@@ -36,11 +36,12 @@ from train.config import (
 from train.errors import UserError, user_errors
 from train.progress import clock, count
 from train.tasks import HELD_OUT
-from train.workdir import environment, make_folder, or_none, write_json
+from train.workdir import environment, make_folder, read_json, write_json
 
 FIGURES = (
-    "bits_per_byte",
     "accuracy",
+    "bits_per_byte",
+    "bits_per_token",
     "loss",
     "params",
     "tokens_per_second",
@@ -200,14 +201,15 @@ def carry_out(recipe: str, plan: Plan, workdir: Path) -> dict[str, Any] | None:
     """
     from train import loop
 
+    numbers = list(next(iter(plan.runs.values())))
+    _check_nothing_left_out(plan, numbers, workdir)
     make_folder(workdir)
     runs: Runs = {name: [] for name in plan.runs}
     failed: dict[str, str] = {}
-    numbers = list(next(iter(plan.runs.values())))
     # By seed first, so that a comparison that is stopped early has as much of one mixer as of another.
     for number in numbers:
         for name, configs in plan.runs.items():
-            folder = Path(name) / f"{plan.repeat}_{number}"
+            folder = _folder(plan, name, number)
             try:
                 summary = loop.run(configs[number], workdir / folder)
             except UserError as error:
@@ -237,6 +239,23 @@ def carry_out(recipe: str, plan: Plan, workdir: Path) -> dict[str, Any] | None:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(numbers) * len(runs)} runs failed ({reasons})")
     return result
+
+
+def _folder(plan: Plan, name: str, number: int) -> Path:
+    return Path(name) / f"{plan.repeat}_{number}"
+
+
+def _check_nothing_left_out(plan: Plan, numbers: Sequence[int], workdir: Path) -> None:
+    """Runs that `workdir` already compares must not vanish from its table."""
+    with user_errors("--workdir"):
+        before = read_json(workdir / "comparison.json") or {"runs": []}
+    planned = {str(_folder(plan, name, number)) for name in plan.runs for number in numbers}
+    left_out = [run["workdir"] for run in before["runs"] if run["workdir"] not in planned]
+    if left_out:
+        raise UserError(
+            f"{workdir}: compares runs that this command leaves out ({', '.join(left_out)}); name their "
+            f"{plan.what}s and {plan.repeat}s too, for finished runs are not made again, or choose another --workdir"
+        )
 
 
 def with_mixer(config: RunConfig, mixer: str) -> RunConfig:
@@ -276,7 +295,7 @@ def _over_repeats(finished: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
         values = [run[name] for run in finished if run.get(name) is not None]
         if values:
             std = statistics.stdev(values) if len(values) > 1 else None
-            table[name] = {"mean": or_none(statistics.fmean(values)), "std": or_none(std)}
+            table[name] = {"mean": statistics.fmean(values), "std": std}
     return table
 
 
@@ -289,8 +308,9 @@ def show(plan: Plan, result: Mapping[str, Any], console: Console) -> None:
     sign = -1 if name == "accuracy" else 1
     columns: dict[str, tuple[str, Any]] = {
         "params": ("parameters", count),
-        "bits_per_byte": ("bits per byte", "{:.4f}".format),
         "accuracy": ("accuracy", "{:.4f}".format),
+        "bits_per_byte": ("bits per byte", "{:.4f}".format),
+        "bits_per_token": ("bits per token", "{:.4f}".format),
         "loss": ("loss", "{:.4f}".format),
         "tokens_per_second": ("tokens/s", count),
         "images_per_second": ("images/s", count),
@@ -314,7 +334,7 @@ def show(plan: Plan, result: Mapping[str, Any], console: Console) -> None:
             value, form = figures.get(key), columns[key][1]
             if value is None or value["mean"] is None:
                 cells.append("-")
-            elif key in ("bits_per_byte", "accuracy", "loss") and value["std"] is not None:
+            elif key in ("accuracy", "bits_per_byte", "bits_per_token", "loss") and value["std"] is not None:
                 cells.append(f"{form(value['mean'])} ± {value['std']:.4f}")
             else:
                 cells.append(form(value["mean"]))
@@ -334,7 +354,8 @@ def plot(runs: Runs, workdir: Path) -> None:
     colours = {mixer: COLOURS[index % len(COLOURS)] for index, mixer in enumerate(runs)}
     rows = [metrics.read(workdir / run["workdir"] / "metrics.jsonl") for finished in shown.values() for run in finished]
     validated = min(sum(f"val_{name}" in row for row in one) for one in rows) > 2
-    of_training = "bits_per_byte" if any("bits_per_byte" in row for one in rows for row in one) else "loss"
+    logged = {key for one in rows for row in one for key in row}
+    of_training = next((key for key in ("bits_per_byte", "bits_per_token") if key in logged), "loss")
     field = f"val_{name}" if validated else of_training
     with mpl.rc_context({"svg.hashsalt": "jattn", "font.size": 11, "axes.edgecolor": RULE, "text.color": INK}):
         figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
@@ -342,7 +363,8 @@ def plot(runs: Runs, workdir: Path) -> None:
         for index, (mixer, finished) in enumerate(shown.items()):
             colour = colours[mixer]
             steps, seeds = curves([workdir / run["workdir"] for run in finished], field)
-            left.plot(steps, seeds.mean(0), color=colour, linewidth=1.8, label=mixer)
+            marker = "o" if len({*steps}) == 1 else None  # a single point has no line
+            left.plot(steps, seeds.mean(0), marker=marker, color=colour, linewidth=1.8, label=mixer)
             left.fill_between(steps, seeds.min(0), seeds.max(0), color=colour, alpha=0.2, linewidth=0)
             values = [run[name] for run in finished if run.get(name) is not None]
             if values:
@@ -350,7 +372,7 @@ def plot(runs: Runs, workdir: Path) -> None:
                 right.vlines(statistics.fmean(values), index - 0.25, index + 0.25, color=colour, linewidth=2.2)
         what = "held out" if validated else "in training"
         left.set(xlabel="step", ylabel=f"{field.removeprefix('val_').replace('_', ' ')}, {what}")
-        left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        left.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         left.legend(frameon=False)
         right.set(xlabel=f"{label}, held out, at the end", ylim=(len(shown) - 0.4, -0.6))
         right.set_yticks(range(len(shown)), [mixer.replace("+", " +\n") for mixer in shown])

@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import io
 import itertools
 import json
+import operator
 import os
 import pkgutil
 import runpy
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
+from jattn import catalog
 from jattn.models.lm import LMConfig
 from train.data.sources import VOCABULARY
 from train.errors import UserError, user_errors
@@ -83,6 +86,11 @@ class OptimizerConfig:
     """Gradients with a larger global norm are scaled down to it."""
     ema: float | None = None
     """Decay per step of a running mean of the weights, which is then what is scored, sampled and exported."""
+
+    @property
+    def rates(self) -> str:
+        """The learning rates that are in use, for messages."""
+        return "optimizer.learning_rate" + " and optimizer.matrix_learning_rate" * (self.name == "muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +180,8 @@ class CommonConfig:
     mesh: MeshConfig = MeshConfig()
     guard: GuardConfig = GuardConfig()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; master weights are float32. "auto" is bfloat16 where the device multiplies in it."""
+    """Of the computation, and so model.dtype, which cannot be given itself; master weights are float32. "auto" is
+    bfloat16 where the device multiplies in it."""
     seed: int = 0
     """Of the initial weights and of the order of the data."""
     log_every: int = 10
@@ -192,19 +201,18 @@ class CommonConfig:
             raise UserError(
                 f"data.batch: {data.batch} {self.rows} do not divide by data.accumulate = {data.accumulate}"
             )
-        if self.optimizer.ema is not None and not 0 < self.optimizer.ema < 1:
+        if self.model.param_dtype not in PARAM_DTYPES:
             raise UserError(
-                f"optimizer.ema: expected a decay in (0, 1), got {self.optimizer.ema}; None switches it off"
+                f"model.param_dtype: expected one of {', '.join(PARAM_DTYPES)}, got {self.model.param_dtype!r}"
             )
-        if self.guard.spike_z is not None and not self.guard.spike_z > 0:
-            raise UserError(f"guard.spike_z: expected a positive number, got {self.guard.spike_z}")
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise UserError(
                 f"profile_steps: expected first and last step, 1 <= first <= last, got {self.profile_steps}"
             )
         if (schedule.steps is None) == (schedule.seconds is None):
             raise UserError(
-                f"schedule: give one of steps and seconds, got {schedule.steps} and {schedule.seconds}; None is neither"
+                f"schedule: expected one of steps and seconds, got {schedule.steps} and {schedule.seconds}; "
+                "give one and leave out the other, or make it None"
             )
         check_least(
             ("schedule.steps", schedule.steps, 1),
@@ -216,16 +224,22 @@ class CommonConfig:
             ("log_every", self.log_every, 1),
             ("eval_every", self.eval_every, 1),
             ("keep_checkpoints", self.keep_checkpoints, 1),
-            ("seed", self.seed, 0),
         )
-        for name, number in (("schedule.seconds", schedule.seconds), ("optimizer.clip_norm", self.optimizer.clip_norm)):
-            if number is not None and not number > 0:
-                raise UserError(f"{name}: expected a positive number, got {number}")
-        check_fractions(
-            ("schedule.warmup", schedule.warmup),
-            ("schedule.decay_fraction", schedule.decay_fraction),
-            ("schedule.final", schedule.final),
-            ("data.holdout", data.holdout),
+        check_ranges(
+            self,
+            {
+                "(0, 1)": ("data.holdout",),
+                "(0, 1) or None": ("optimizer.ema",),
+                "[0, 1)": ("optimizer.b1", "optimizer.b2", "optimizer.momentum"),
+                "[0, 1]": ("schedule.warmup", "schedule.decay_fraction", "schedule.final"),
+                "[0, inf)": ("optimizer.learning_rate", "optimizer.matrix_learning_rate", "optimizer.weight_decay"),
+                "(0, inf) or None": ("schedule.seconds", "guard.spike_z"),
+                # Infinity is never.
+                "[0, inf]": ("save_every_seconds",),
+                "(0, inf]": ("optimizer.clip_norm",),
+                # Traced as an int32.
+                "[0, 2147483648)": ("seed",),
+            },
         )
 
 
@@ -261,15 +275,37 @@ class RunConfig(CommonConfig):
             ("sample.tokens", sample.tokens, 1),
             ("sample.top_k", sample.top_k, 1),
         )
-        if not 0 <= sample.temperature < float("inf"):
-            raise UserError(f"sample.temperature: expected a number of at least 0, got {sample.temperature}")
-        for name, share in (("sample.top_p", sample.top_p), ("sample.min_p", sample.min_p)):
-            if share is not None and not 0 < share <= 1:
-                raise UserError(f"{name}: expected a fraction in (0, 1], got {share}; None switches it off")
+        check_ranges(
+            self,
+            {
+                "[0, inf)": (
+                    "sample.temperature",
+                    "conversion.learning_rate",
+                    "conversion.xent_factor",
+                    "conversion.mse_factor",
+                ),
+                "(0, 1] or None": ("sample.top_p", "sample.min_p"),
+            },
+        )
+        for name, given in self.model.mixer_options.items():
+            known = mixer_options(name)
+            for option in given:
+                if option not in known:
+                    raise UserError(
+                        f"model.mixer_options.{name}: has no option {option!r}; there are {', '.join(sorted(known))}"
+                    )
 
 
 CONFIGS = {"text": "train.config:RunConfig", "images": "train.image_config:ImageRunConfig"}
 """The configuration of each task, as module:class."""
+
+PARAM_DTYPES = ("float32", "bfloat16", "float16")
+
+MIXER_FIELDS = (
+    "self", "width", "num_heads", "num_kv_heads", "head_dim", "layer_index", "num_layers", "dtype", "param_dtype",
+    "rngs",
+)  # fmt: skip
+"""What the constructor of a mixer is told by fields of the model."""
 
 
 def check_least(*entries: tuple[str, int | None, int]) -> None:
@@ -279,11 +315,28 @@ def check_least(*entries: tuple[str, int | None, int]) -> None:
             raise UserError(f"{name}: expected at least {least}, got {value}")
 
 
-def check_fractions(*entries: tuple[str, float]) -> None:
-    """Each (name, value) has a value in [0, 1]."""
-    for name, fraction in entries:
-        if not 0 <= fraction <= 1:
-            raise UserError(f"{name}: expected a fraction in [0, 1], got {fraction}")
+def check_ranges(config: Any, ranges: Mapping[str, tuple[str, ...]]) -> None:
+    """The fields of `config` named under an interval, such as "[0, 1)" or "(0, inf) or None", have values in it."""
+    for wanted, names in ranges.items():
+        interval = wanted.removesuffix(" or None")
+        low, high = map(float, interval[1:-1].split(", "))
+        ends = [end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"]
+        for name in names:
+            value = operator.attrgetter(name)(config)
+            if not (value is None or low < value < high or value in ends):
+                raise UserError(f"{name}: expected a number in {wanted}, got {value}")
+
+
+def mixer_options(name: str) -> set[str]:
+    """The options of a mixer's constructor, without what the fields of the model tell it."""
+    found: set[str] = set()
+    layer: Any = catalog.get(name).load_layer()
+    for kind in layer.__mro__:
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        found |= {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):  # else the rest is its parent's
+            break
+    return found - {*MIXER_FIELDS}
 
 
 def recipes() -> list[str]:
@@ -325,28 +378,59 @@ def _recipe(name: str) -> Mapping[str, Any]:
 def parse_overrides[Config: CommonConfig](config: Config, arguments: list[str]) -> Config:
     """`config` with command-line overrides such as `--model.width 64`; `--help` prints them all and exits."""
     config = _without_options_of_others(config, arguments)
+    arguments = _with_one_end(arguments)
     known = set(_flags(config))
+    pattern = " ".join(_given(arguments, "--model.pattern") or ())
+    if "," in pattern and "--model.pattern" in known:
+        spaced = " ".join(pattern.replace(",", " ").split())
+        raise UserError(f"--model.pattern: separate with spaces, as in --model.pattern {spaced}; got {pattern}")
     for argument in arguments:
         if not argument.startswith("--") or argument == "--help":
             continue
         flag = argument.split("=")[0].replace("_", "-")
+        if flag == "--model.dtype":
+            raise UserError(f"{flag}: follows from precision; use --precision float32 or --precision bfloat16")
         if flag not in known:
-            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them"
-            raise UserError(f"no field is called {flag}; {hint}")
+            raise UserError(f"no field is called {flag}; {_hint(flag, sorted(known))}")
     from tyro.conf import AvoidSubcommands  # a field of several types keeps the type that the recipe gave it
 
     return parse_arguments(AvoidSubcommands[type(config)], arguments, "run RECIPE", default=config)  # type: ignore[misc]
 
 
+def _hint(flag: str, known: list[str]) -> str:
+    """What to do about a `flag` that is not known."""
+    options = "--model.mixer-options."
+    if flag.startswith(options):
+        own = ", ".join(name for name in known if name.startswith(options)) or "none"
+        return (
+            f"only what the recipe sets can be changed here ({own}); set others in mixer_options of a copy of its file"
+        )
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "--help lists them"
+
+
+def _given(arguments: list[str], flag: str) -> list[str] | None:
+    """The values of `flag` among `arguments`; `None` when it is not there."""
+    found: list[str] | None = None
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            later = itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
+            found = [value] if equals else list(later)
+    return found
+
+
+def _with_one_end(arguments: list[str]) -> list[str]:
+    """`arguments` that give steps alone also drop the seconds of the recipe, and the other way round."""
+    for given, other in itertools.permutations(("--schedule.steps", "--schedule.seconds")):
+        if _given(arguments, given) not in (None, ["None"]) and _given(arguments, other) is None:
+            return [*arguments, other, "None"]
+    return arguments
+
+
 def _without_options_of_others[Config: CommonConfig](config: Config, arguments: list[str]) -> Config:
     """`config` without the options of mixers that are in its recipe's pattern and not in the one that is asked for."""
-    pattern: list[str] | None = None
-    for place, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag == "--model.pattern":
-            later = itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
-            pattern = [value] if value else list(later)
+    pattern = _given(arguments, "--model.pattern")
     model: Any = config.model
     if pattern is None or not getattr(model, "mixer_options", None):
         return config
@@ -360,12 +444,26 @@ def parse_arguments(target: Callable[..., Any], arguments: list[str], verb: str,
 
     frame = io.StringIO()
     try:
-        with contextlib.redirect_stderr(frame):
+        asks = {"-h", "--help"} & {*arguments}
+        with contextlib.redirect_stderr(frame), contextlib.nullcontext() if asks else _wide():
             return tyro.cli(target, args=arguments, prog=f"python -m train {verb}", **options)
     except SystemExit as end:
         if not end.code:
             raise
         raise UserError(f"{_unframed(frame.getvalue())} (python -m train {verb} --help lists the options)") from None
+
+
+@contextlib.contextmanager
+def _wide() -> Iterator[None]:
+    """A terminal in which no line of an error is cut, for what is cut within a word cannot be joined again."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _unframed(page: str) -> str:

@@ -28,7 +28,7 @@ from jattn.nn.layout import pin, use_layout
 from jattn.nn.softmax import RotaryBlock, SoftmaxMixer
 from train import distributed
 from train.checkpoint import Checkpoints
-from train.config import RunConfig, read_config
+from train.config import MIXER_FIELDS, RunConfig, read_config
 from train.data.load import RunData
 from train.data.pipeline import TrainData
 from train.errors import UserError
@@ -43,8 +43,6 @@ from train.workdir import CHECKPOINTS, write_json
 TARGETS = {"hedgehog": r".*/mixer/(query|key)_map", "sea": r".*/mixer/estimator/.*"}
 # What is converted is compared by itself; the other two change how numbers are computed, and not what they mean.
 FREE = ("pattern", "mixer_options", "dtype", "remat")
-# What a mixer is told by fields of the model.
-LM_OPTIONS = ("self", "width", "num_heads", "num_kv_heads", "head_dim", "dtype", "param_dtype", "rngs")
 
 
 def converted(
@@ -81,8 +79,9 @@ def converted(
     distributed.decide("conversion", lambda: write_json(workdir / "conversion.json", record))
     if losses:
         say(f"distillation loss {losses[0]:.4f} at the first batch, {losses[-1]:.4f} at the last of {len(losses)}")
-    before, after = (figures[name]["bits_per_byte"] for name in ("softmax", "converted"))
-    say(f"bits per byte on held-out data: {before:.3f} with softmax, {after:.3f} converted")
+    figure = program.task.headline.name
+    before, after = (figures[name][figure] for name in ("softmax", "converted"))
+    say(f"{figure.replace('_', ' ')} on held-out data: {before:.3f} with softmax, {after:.3f} converted")
     average = None if state.average is None else jax.tree.map(jnp.copy, weights)
     return state._replace(parameters=weights, average=average)
 
@@ -200,6 +199,11 @@ def check_source(config: RunConfig) -> None:
 
 
 def _read_source(source: Path) -> RunConfig:
+    if not (source / "config.json").exists():
+        raise UserError(
+            f"conversion.source: {source} holds no run; start it with "
+            f"python -m train run softmax_lm --workdir {source}, or give another --conversion.source"
+        )
     own = read_config(source / "config.json")
     if not isinstance(own, RunConfig):
         raise UserError(f"conversion.source: {source} was trained on {own.task} and has no language model")
@@ -223,7 +227,7 @@ def _mixers(model: LMConfig, rotary: str) -> dict[str, dict[str, Any]]:
     options = {name: dict(own) for name, own in model.mixer_options.items()}
     given = options.pop(rotary, {})
     parameters = inspect.signature(RotaryBlock.__init__).parameters
-    shared = {name: parameters[name].default for name in parameters if name not in LM_OPTIONS}
+    shared = {name: parameters[name].default for name in parameters if name not in MIXER_FIELDS}
     return {**options, "rotary": {name: given.get(name, default) for name, default in shared.items()}}
 
 

@@ -18,7 +18,8 @@ def doctor() -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jax.ShapeDtypeStruct((1, 1024, 8, 128), dtype)
         for entry in CATALOG:
-            print(*jattn.explain(_call(entry), x, x, x), sep="\n")
+            for decision in jattn.explain(_call(entry), x, x, x):
+                print(f"{entry.name}: {decision}")
 
 
 def _call(entry: jattn.catalog.Entry):

@@ -27,31 +27,25 @@ LABELS, FIGURES = 112, 52  # the right margin where it holds names, or only numb
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """`values` under a Gaussian window of a sixtieth of the curve; NaNs have no weight."""
+    """`values` under a Gaussian window of a sixtieth of the curve."""
     sigma = max(1.0, len(values) / 60)
     reach = min(int(3 * sigma), (len(values) - 1) // 2)
     window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    known = np.isfinite(values)
-    weight = np.convolve(known, window, mode="same")
-    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+    return np.convolve(values, window, mode="same") / np.convolve(np.ones_like(values), window, mode="same")
 
 
 def _binned(values: np.ndarray) -> np.ndarray:
-    """`values` averaged down to at most `BINS` points, without NaNs where a bin has any number."""
+    """`values` averaged down to at most `BINS` points."""
     edges = np.linspace(0, len(values), min(BINS, len(values)) + 1).astype(int)
-    known = np.isfinite(values)
-    number = np.add.reduceat(known, edges[:-1], dtype=np.float64)
-    total = np.add.reduceat(np.where(known, values, 0.0), edges[:-1])
-    return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
+    return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """At most seven round numbers in [low, high], the densest set that keeps to that; high > 1.6 low."""
     for steps in (
-        (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3),
+        (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9),
         (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
-        (1, 1.5, 2, 3, 4, 6),
+        (1, 1.5, 2, 3, 4, 6, 8),
         (1, 2, 3, 5),
         (1, 3),
         (1,),
@@ -61,7 +55,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) <= 7:
             return ticks
-    return ticks[:: len(ticks) // 6]
+    return ticks[:: -(-len(ticks) // 7)]
 
 
 def time_unit(seconds: np.ndarray) -> tuple[float, str]:
@@ -91,7 +85,7 @@ def draw(
       series: (values [rows], colour, whether the values are exact: then joined by a line, not smoothed).
       x_label, alt: text under the axis; text for those who cannot see it.
       baselines: name -> height of a dashed line.
-      labels: write the last value of each curve, and the baselines, at the right margin.
+      labels: write where each curve ends, and the baselines, at the right margin.
       log: a logarithmic ordinate, for positive values.
       size: width and height in CSS pixels.
     """
@@ -111,18 +105,24 @@ def draw(
         axes = figure.add_axes((LEFT / width, BOTTOM / height, 1 - (LEFT + right) / width, 1 - (BOTTOM + TOP) / height))
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
+        ends = []
         for values, colour, exact in series:
-            known = np.flatnonzero(np.isfinite(values * x))
-            dots = known[:: -(-len(known) // DOTS)]
-            if exact or len(known) < 8:
-                size_of_dot = 3.6 if len(known) <= 50 else 0
+            # A row may have been of something else: a validation at the same step has no loss of training.
+            known = np.isfinite(values * x)
+            at, values = x[known], values[known]
+            dots = slice(None, None, -(-len(at) // DOTS))
+            if exact or len(at) < 8:
+                size_of_dot = 3.6 if len(at) <= 50 else 0
                 axes.plot(
-                    x[dots], values[dots], "o-", color=colour, linewidth=1.6, markersize=size_of_dot, clip_on=False
+                    at[dots], values[dots], "o-", color=colour, linewidth=1.6, markersize=size_of_dot, clip_on=False
                 )
+                ends.append((values[-1], colour))
                 continue
-            axes.plot(x[dots], values[dots], "o", color=colour, alpha=0.35, markersize=2.2, markeredgewidth=0)
+            axes.plot(at[dots], values[dots], "o", color=colour, alpha=0.35, markersize=2.2, markeredgewidth=0)
             curve = _smooth(_binned(np.log(values) if log else values))
-            axes.plot(_binned(x), np.exp(curve) if log else curve, color=colour, linewidth=1.8)
+            curve = np.exp(curve) if log else curve
+            axes.plot(_binned(at), curve, color=colour, linewidth=1.8)
+            ends.append((curve[-1], colour))
         heights = np.concatenate([values[np.isfinite(values * x)] for values, *_ in series])
         low, high = heights.min(), heights.max()
         shown = {name: value for name, value in baselines.items() if 0 < value <= 1.05 * high}
@@ -150,8 +150,7 @@ def draw(
         for value in shown.values():
             axes.axhline(value, color=BASELINE, linewidth=1.2, linestyle=(0, (4, 3)))
         if labels:
-            ends = [(float(values[np.isfinite(values * x)][-1]), colour) for values, colour, _ in series]
-            texts = [(value, f"{value:.3f}", colour) for value, colour in ends]
+            texts = [(float(value), f"{value:.3f}", colour) for value, colour in ends]
             # Names go in afterwards: matplotlib would look for their letters in its own fonts.
             texts += [(value, f"@{index}@", BASELINE) for index, value in enumerate(shown.values())]
             _label_right(axes, texts)
@@ -175,7 +174,11 @@ def _label_right(axes: Any, texts: Sequence[tuple[float, str, str]]) -> None:
 
 
 def _tick(value: float) -> str:
-    return count(value) if abs(value) >= 100_000 else f"{value:.4g}"
+    """As `count`, without zeros at the end: 0.05, 40k, 1.2M."""
+    if abs(value) < 1000:
+        return f"{value:.4g}"
+    text = count(value)
+    return f"{float(text[:-1]):g}{text[-1]}"
 
 
 def _short(name: str) -> str:

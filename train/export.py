@@ -92,7 +92,7 @@ class _Options:
     """Write the weights of a run's newest valid checkpoint as safetensors."""
 
     output: str | None = None
-    """The file; WORKDIR/model.safetensors by default."""
+    """The file; WORKDIR/model.safetensors by default, with a dtype WORKDIR/model.DTYPE.safetensors."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the numbers are converted to; by default they stay as they are."""
 
@@ -109,7 +109,9 @@ def main(arguments: list[str]) -> None:
     workdir = Path(arguments[0])
     options = parse_arguments(_Options, arguments[1:], "export WORKDIR")
     config, _, state = load(workdir)
-    output = Path(options.output) if options.output else workdir / "model.safetensors"
+    # The run's own weights must not be replaced by rounded ones.
+    name = f"model.{options.dtype}.safetensors" if options.dtype else "model.safetensors"
+    output = Path(options.output) if options.output else workdir / name
     metadata = {"config": json.dumps(as_json(config)), "step": str(int(state.step))}
     write_safetensors(state.weights, output, metadata, options.dtype)
     leaves = jax.tree.leaves(state.weights)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from jattn.models import vision
-from train.config import CommonConfig, OptimizerConfig, check_fractions, check_least
+from train.config import CommonConfig, OptimizerConfig, check_least, check_ranges
 from train.errors import UserError
 
 ADAMW = OptimizerConfig(name="adamw", learning_rate=0.002, weight_decay=0.05, b2=0.999)
@@ -73,15 +73,16 @@ class ImageRunConfig(CommonConfig):
             ("data.augment.crop", augment.crop, 0),
             ("data.augment.operations", augment.operations, 0),
         )
-        check_fractions(("data.augment.magnitude", augment.magnitude), ("label_smoothing", self.label_smoothing))
-        if not 0 < data.holdout < 1:
-            raise UserError(f"data.holdout: expected more than 0 and less than 1, got {data.holdout}")
+        check_ranges(
+            self,
+            {
+                "[0, 1]": ("data.augment.magnitude", "label_smoothing"),
+                "[0, inf)": ("data.augment.mixup", "data.augment.cutmix"),
+            },
+        )
         if (data.fold + 1) * data.holdout > 1 + 1e-9:
             last = int((1 + 1e-9) / data.holdout) - 1
             raise UserError(f"data.fold: with data.holdout = {data.holdout} the last is {last}, got {data.fold}")
-        for name, alpha in (("mixup", augment.mixup), ("cutmix", augment.cutmix)):
-            if not 0 <= alpha < float("inf"):
-                raise UserError(f"data.augment.{name}: expected a number of at least 0, got {alpha}")
         if self.optimizer.name != "adamw":
             raise UserError(
                 f"optimizer.name: image models are trained by adamw, got {self.optimizer.name}; Muon knows the "

@@ -27,7 +27,7 @@ from train.signals import stop_signals
 from train.step import Program, TrainState, make_program, resolve_precision
 from train.tasks import HELD_OUT, RunData, Task, task_of
 from train.trainer import Trainer
-from train.workdir import CHECKPOINTS, check_same_run, environment, finished, make_folder, or_none, write_json
+from train.workdir import CHECKPOINTS, check_same_run, environment, finished, make_folder, write_json
 
 
 def run(config: CommonConfig, workdir: Path, *, started: float | None = None) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def run(config: CommonConfig, workdir: Path, *, started: float | None = None) ->
 
     Raises:
       UserError: options that do not fit one another, data that cannot be read, a folder that holds another run or where
-        one is going on, or a run that cannot go on; the last checkpoint is then untouched.
+        one is going on, or a run that cannot go on; the last checkpoint is then untouched. Also, when all is written, a
+        run whose last held-out figures are not finite.
     """
     started = time.monotonic() if started is None else started
     if config.schedule.seconds is not None and jax.process_count() > 1:
@@ -56,7 +57,7 @@ def run(config: CommonConfig, workdir: Path, *, started: float | None = None) ->
         print(
             f"{workdir}: this run is finished; its report is {workdir / 'report.html'}. Another --workdir starts anew."
         )
-        return summary
+        return _checked(summary, config, workdir)
     with ExitStack() as stack:
         distributed.decide("folder", lambda: _claim(stack, workdir))
         loaded = _load_data(task_of(config), workdir)
@@ -96,7 +97,19 @@ def run(config: CommonConfig, workdir: Path, *, started: float | None = None) ->
             who = stop.requested or "another process"
             progress.say(f"stopped by {who} at step {step}, saved; the same command goes on")
             return {"stopped": who, "steps": step}
-        return _finish(workdir, loaded, program, state, trainer, progress)
+        summary = _finish(workdir, loaded, program, state, trainer, progress)
+    return _checked(summary, config, workdir)
+
+
+def _checked(summary: dict[str, Any], config: CommonConfig, workdir: Path) -> dict[str, Any]:
+    """`summary`, or a `UserError` where the run diverged: it has come to its end, and to nothing else."""
+    broken = report.not_finite(summary)
+    if broken:
+        raise UserError(
+            f"{workdir}: the run diverged: no finite {', '.join(broken)} on held-out data after its last step; "
+            f"lower {config.optimizer.rates}, and choose another --workdir"
+        )
+    return summary
 
 
 def _check_run(config: CommonConfig, workdir: Path) -> None:
@@ -139,7 +152,7 @@ def _finish(
     write_safetensors(state.weights, workdir / "model.safetensors", metadata)
     scores, figure = trainer.scores, f"val_{task.headline.name}"
     found: dict[str, Any] = {
-        figure: or_none(scores.sets.get(HELD_OUT, {}).get(task.headline.name)),
+        figure: scores.sets.get(HELD_OUT, {}).get(task.headline.name),
         "evaluation": scores.sets,
         "best": {"step": scores.best_step, figure: scores.best},
         "seconds": trainer.clock.seconds,

@@ -77,8 +77,9 @@ class MetricsLog:
         Args:
           step: updates done.
           seconds: training time over all restarts.
-          values: loss (nats per token), bits_per_byte, tokens_per_second, mfu (a fraction, or None), learning_rate,
-            grad_norm, skipped (updates left out so far), and val_bits_per_byte where it was evaluated.
+          values: loss (nats per token), bits_per_byte (of recall bits_per_token), tokens_per_second, mfu (a fraction,
+            or None), learning_rate, grad_norm, skipped (updates left out so far), and val_bits_per_byte or other
+            held-out figures where they were taken.
         """
         row = {"step": int(step), "seconds": float(seconds)} | {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")

@@ -83,8 +83,8 @@ class Progress:
         Args:
           step: updates done.
           seconds: training time over all restarts.
-          metrics: any of loss, bits_per_byte, val_bits_per_byte, tokens_per_second (or of another unit) and mfu (a
-            fraction); what is left out or `None` keeps its last value.
+          metrics: any of loss, bits_per_byte or bits_per_token, val_bits_per_byte, tokens_per_second (or of another
+            unit) and mfu (a fraction); what is left out or `None` keeps its last value.
         """
         self._step, self._seconds = int(step), float(seconds)
         self._metrics |= {name: float(value) for name, value in metrics.items() if value is not None}
@@ -120,6 +120,7 @@ class Progress:
         for name, rank, style, form in (
             ("loss", 3, "", "loss {:.3f}"),
             ("bits_per_byte", 1, "bold cyan", "{:.2f} bits/byte"),
+            ("bits_per_token", 1, "bold cyan", "{:.2f} bits/token"),
             ("val_bits_per_byte", 5, "cyan", "held out {:.3f}"),
         ):
             if name in metrics:

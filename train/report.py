@@ -4,7 +4,7 @@
     config.json, environment.json   tables
 
 Any of them may be missing or short: the page shows what there is. What is a task's own, the names of its figures and
-its samples or pictures, is the `PAGE` of its module. Curves are drawn by `train.drawing`.
+its samples or pictures, is the `page` of its module. Curves are drawn by `train.drawing`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy as np
 from train import metrics
 from train.drawing import HELD_OUT, TRAIN, draw, time_unit
 from train.progress import clock, count
+from train.tasks import HELD_OUT as OWN_SET
 from train.tasks import Page, Panel, module_of
-from train.workdir import read_json
+from train.workdir import or_none, read_json
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
@@ -36,7 +37,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     summary = read_json(workdir / "summary.json") or {}
     config = read_json(workdir / "config.json") or {}
     environment = read_json(workdir / "environment.json") or {}
-    own: Page = module_of(config.get("task", "text")).PAGE
+    own: Page = module_of(config.get("task", "text")).page(config)
     baselines = {name: float(value) for name, value in (summary.get("baselines") or {}).items()}
     name = str(config.get("name") or config.get("recipe") or workdir.resolve().name)
     figure, where = _final_figure(own, rows, summary)
@@ -68,8 +69,16 @@ def _last(rows: Sequence[metrics.Row], name: str) -> float | None:
     return float(finite[-1]) if finite.size else None
 
 
+def not_finite(summary: Mapping[str, Any]) -> list[str]:
+    """Held-out figures that a finished run has no number for."""
+    figures = summary.get("evaluation", {}).get(OWN_SET, {})
+    return [name.replace("_", " ") for name, value in figures.items() if or_none(value) is None]
+
+
 def _final_figure(own: Page, rows: Sequence[metrics.Row], summary: Mapping[str, Any]) -> tuple[float | None, str]:
     """The number of the run and what it was taken on: held-out data if that was measured."""
+    if not_finite(summary):  # then an earlier one is not the run's
+        return None, own.held_out
     name = own.headline.name
     held_out = summary.get(f"val_{name}")
     held_out = held_out if held_out is not None else _last(rows, f"val_{name}")
@@ -107,11 +116,13 @@ def _header(
         for title, value, form in facts
         if value is not None
     )
-    hero = (
-        f'<p class="figure"><b>{own.form(figure)}</b> <span>{own.of} {where}</span></p>'
-        if figure is not None
-        else f'<p class="figure"><span>No steps were {"validated" if rows else "logged"} yet.</span></p>'
-    )
+    if figure is not None:
+        number = f"<b>{own.form(figure)}</b> <span>{own.of} {where}</span>"
+    elif broken := not_finite(summary):
+        number = f"<span>The run diverged: no finite {', '.join(broken)} {where} after its last step.</span>"
+    else:
+        number = f"<span>No steps were {'validated' if rows else 'logged'} yet.</span>"
+    hero = f'<p class="figure">{number}</p>'
     return f'<header><p class="eyebrow">Training run</p><h1>{escape(name)}</h1>{hero}<dl>{cells}</dl></header>'
 
 

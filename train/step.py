@@ -26,7 +26,7 @@ from jaxtyping import Array
 from jattn.nn.layout import Layout, use_layout
 from train import sharding
 from train.config import CommonConfig
-from train.errors import user_errors
+from train.errors import UserError, user_errors
 from train.optimizer import make_optimizer
 from train.tasks import Task, task_of
 
@@ -78,10 +78,19 @@ class Program:
 
 
 def resolve_precision[Config: CommonConfig](config: Config, platform: str | None = None) -> Config:
-    """`config` with the model's compute dtype written out, for this machine's devices unless `platform` is given."""
+    """`config` with the model's compute dtype written out, for this machine's devices unless `platform` is given.
+
+    Raises:
+      UserError: the model has a compute dtype of its own, which is another.
+    """
     dtype = config.precision
     if dtype == "auto":
         dtype = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+    if config.model.dtype not in (type(config.model).dtype, dtype):  # the first is what nobody has given
+        raise UserError(
+            f"model.dtype: follows from precision, which makes it {dtype} here, got {config.model.dtype}; leave it out "
+            "of the recipe and use precision (--precision float32 or bfloat16)"
+        )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 

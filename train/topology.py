@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from pallas_kernels.lab import chips
@@ -19,12 +20,21 @@ def prepare(topology: str) -> None:
     """Set what JAX and the compilers read when they load; this process computes on the CPU.
 
     Raises:
-      UserError: the compiler for `topology` is not installed.
+      UserError: no chip is called so, or the compiler for `topology` is not installed.
     """
+    name = re.split("[:-]", topology)[0]
+    if name not in chips.CHIPS:
+        raise UserError(
+            f"--topology {topology}: no chip is called {name!r}; there are {', '.join(chips.CHIPS)}, as in v5e:2x4, "
+            "v5p:8x8x8 or h100:8"
+        )
     chips.prepare_environment()
     if missing := chips.missing_compiler(topology):
         module, packages = missing
-        raise UserError(f"--topology {topology}: its compiler ({module}) is not installed; pip install {packages}")
+        raise UserError(
+            f"--topology {topology}: its compiler ({module}) is not installed here; the environment of make lab has it "
+            f"(.venv-lab/bin/python -m train compile ...), or pip install {packages}"
+        )
 
 
 def devices_of(topology: str) -> list[jax.Device]:

@@ -8,6 +8,7 @@ ask for (a save, a stop, a way back) is therefore done one step later, on every 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from train.schedule import Clock, factor
 from train.signals import Stop
 from train.step import Program, TrainState
 from train.tasks import HELD_OUT, RunData
+from train.workdir import or_none
 
 # What a process may ask of all of them; the largest counts.
 NOTHING, SAVE, STOP = range(3)
@@ -91,7 +93,7 @@ class Scores:
 
     step: int = -1
     sets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    best_step: int = -1
+    best_step: int | None = None
     best: float | None = None
 
 
@@ -227,7 +229,7 @@ class Trainer:
             raise UserError(
                 f"the last {self.config.guard.max_nonfinite} updates were not finite (at step {done.step} the loss was "
                 f"{values['loss']} and the gradient norm {values['grad_norm']}); {self._keep_batch(done)}; "
-                f"lower optimizer.learning_rate or look at the batch"
+                f"lower {self.config.optimizer.rates}, or look at the batch"
             )
         self._unlogged = (done, values)
         if done.step % self.config.log_every == 0:
@@ -262,14 +264,15 @@ class Trainer:
         return self.speed.latest * self._flops_per_unit / self._peak
 
     def _validate(self, step: int, state: TrainState) -> bool:
-        """Take all figures; whether the held-out one is the best so far."""
+        """Take all figures; whether the held-out one is the best so far, which takes all of that set to be finite."""
         if step == self.scores.step:
             return False
         self.speed.read(step)
         rows = self.config.data.batch // self.config.data.accumulate
         sets = {name: score(self.program, state.weights, one, rows) for name, one in self.loaded.evaluation.items()}
         value = sets[HELD_OUT][self.task.headline.name]
-        better = self.task.headline.better(value, self.scores.best)
+        finite = all(map(math.isfinite, sets[HELD_OUT].values()))  # where the loss is NaN, accuracy still is a number
+        better = finite and self.task.headline.better(value, self.scores.best)
         best_step, best = (step, value) if better else (self.scores.best_step, self.scores.best)
         self.scores = Scores(step, sets, best_step, best)
         self.speed.pause()
@@ -277,7 +280,8 @@ class Trainer:
         own = {f"val_{figure}": x for figure, x in sets[HELD_OUT].items()}
         self.records.write(step=step, seconds=self.clock.seconds, **own, **others)
         shown = "; ".join(f"{x:.3f} {figure.replace('_', ' ')}" for figure, x in sets[HELD_OUT].items())
-        self.progress.say(f"step {step}: {shown} on held-out data" + ("" if better else f", best {best:.3f}"))
+        beside = "" if better or best is None else f", best {best:.3f}"
+        self.progress.say(f"step {step}: {shown} on held-out data{beside}")
         return better
 
     def _save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
@@ -287,7 +291,7 @@ class Trainer:
             "guard": self._guard.get_state(),
             "skipped_batches": self._skipped_batches,
             "held_out": self._held_out,
-            "scores": dataclasses.asdict(self.scores),
+            "scores": or_none(dataclasses.asdict(self.scores)),
         }
         self.records.sync()
         self.checkpoints.save(step, state, extra, keep_also=self.scores.best_step, wait=wait)
@@ -304,7 +308,7 @@ class Trainer:
         if times > self.config.guard.max_rollbacks:
             raise UserError(
                 f"the loss spiked to {spike.loss:.3f} at step {spike.step}, after {times - 1} times of going back to "
-                f"step {step}; {self._keep_batch(spike)}; lower optimizer.learning_rate, or raise guard.spike_z"
+                f"step {step}; {self._keep_batch(spike)}; lower {self.config.optimizer.rates}, or raise guard.spike_z"
             )
         state = self.restore(step, batches)
         before = step + self._skipped_batches

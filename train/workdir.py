@@ -115,7 +115,7 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.write_text(json.dumps(or_none(content), indent=2, allow_nan=False) + "\n")
     os.replace(draft, path)
 
 
@@ -133,6 +133,10 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: no valid JSON ({error}); remove it or write it again") from error
 
 
-def or_none(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if value is not None and math.isfinite(value) else None
+def or_none(content: Any) -> Any:
+    """`content` with `None` for every number in it that is not finite: JSON has no NaN and no infinity."""
+    if isinstance(content, dict):
+        return {name: or_none(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [or_none(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

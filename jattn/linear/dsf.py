@@ -294,8 +294,9 @@ def _attend(
 def _convolve(system: DSFSystem, accumulator: Any) -> Inexact[Array, "B T N p"]:
     """y = w * v with w_t = c^T (lam^t * beta k), D beside w_0."""
     length = system.value.shape[1]
-    age = jnp.arange(length, dtype=system.step.dtype)[:, None, None, None]
-    powers = jnp.exp(age * (system.step * system.rate)[:, 0, None])  # [B, T, N, n, p], where B and p may be 1
+    wide = checks.accumulator_dtype(system.step.dtype)  # bfloat16 has no 257
+    age = jnp.arange(length, dtype=wide)[:, None, None, None]
+    powers = jnp.exp(age * (system.step.astype(wide) * system.rate)[:, 0, None])  # [B, T, N, n, p]; B and p may be 1
     kernel = jnp.sum(system.query * powers[..., :, :] * system.beta * system.key, axis=-2).astype(accumulator)
     if system.skip is not None:
         kernel = kernel.at[:, 0].add(system.skip)

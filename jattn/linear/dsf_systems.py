@@ -53,8 +53,11 @@ class Gating(NamedTuple):
 
 def eta_gating(log_eta: Float[Array, "B T N"]) -> Gating:
     """lam_t = eta_{t-1} / eta_t, beta_t = 1 / eta_t: a sum divided by eta, as a state. lam of the first token is 1."""
+    arguments.check_arrays(log_eta=log_eta)
     checks.bind_shapes(("log_eta", log_eta, "B T N"))
     checks.check_floating(log_eta=log_eta)
+    # The product of lam is to be a quotient of betas, whatever log_eta itself is rounded to.
+    log_eta = log_eta.astype(checks.accumulator_dtype(log_eta.dtype))
     step = jnp.concatenate([jnp.zeros_like(log_eta[:, :1]), log_eta[:, :-1] - log_eta[:, 1:]], axis=1)
     return Gating(step[..., None, None], jnp.ones((1, 1, 1), log_eta.dtype), jnp.exp(-log_eta)[..., None, None])
 
@@ -93,6 +96,7 @@ def normalized_attention_dsf(
     Raises:
       TypeError, ValueError: a wrong dtype, shape or option.
     """
+    arguments.check_arrays(query=query, key=key, value=value, log_eta=log_eta)
     shapes = (("query", query, "B T N n"), ("key", key, "B T N n"), ("value", value, "B T N p"))
     checks.bind_shapes(*shapes, ("log_eta", log_eta, "B T N"))
     checks.check_floating(query=query, key=key, value=value, log_eta=log_eta)
@@ -121,6 +125,7 @@ def linear_attention_dsf(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> DSFSystem:
     """y_t = sum_{j <= t} (phi(q_t) . phi(k_j)) v_j / eta_t with eta_t the sum of the weights, which is positive."""
+    arguments.check_arrays(query=query, key=key)
     checks.bind_shapes(("query", query, "B T N n"), ("key", key, "B T N n"))
     checks.check_floating(query=query, key=key)
     query, key = feature_map(query), feature_map(key)
@@ -147,6 +152,7 @@ def softmax_dsf(
         and where a sum of such weights is, there is no log eta: outputs are NaN.
       scale: of the scores; `None` means `n ** -0.5`.
     """
+    arguments.check_arrays(query=query)
     checks.bind_shapes(("query", query, "B T N n"))
     checks.check_floating(query=query)
     query = query * arguments.scale(scale, default=query.shape[-1] ** -0.5)
@@ -183,6 +189,7 @@ def delta_gating(delta: Float[Array, "B T N p"], A: Float[Array, "N n p"]) -> Ga
 
     An axis of either may be 1.
     """
+    arguments.check_arrays(delta=delta, A=A)
     checks.bind_shapes(("delta", delta, "B T N p"))
     checks.bind_shapes(("A", A, "N n p"))
     checks.check_floating(delta=delta, A=A)
@@ -204,8 +211,8 @@ def s6_dsf(
       A: negative; one number for all channels and states is what the paper calls SSD.
       B, C: keys and queries, the same for all channels.
     """
+    arguments.check_arrays(u=u, delta=delta, A=A, B=B, C=C)
     letters = (("u", u, "B T p"), ("delta", delta, "B T p"), ("B", B, "B T n"), ("C", C, "B T n"), ("D", D, "p"))
-    checks.check_array("A", A)
     checks.bind_shapes(*letters, *([("A", A, "p n")] if A.ndim else []))
     checks.check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D)
     A = A.T[None] if A.ndim else A.reshape(1, 1, 1)
@@ -223,6 +230,7 @@ def mamba2_dsf(
     D: Float[Array, " N"] | None = None,
 ) -> DSFSystem:
     """Mamba-2 (Dao and Gu 2024, eq. 16): a time step and a rate for each head. B and C may have one head for all."""
+    arguments.check_arrays(x=x, delta=delta, A=A, B=B, C=C)
     letters = (("x", x, "B T N p"), ("delta", delta, "B T N"), ("A", A, "N"), ("D", D, "N"))
     sizes = checks.bind_shapes(*letters)
     checks.bind_shapes(("B", B, "B T G n"), ("C", C, "B T G n"), B=sizes["B"], T=sizes["T"])
@@ -233,10 +241,14 @@ def mamba2_dsf(
 
 def lru_gating(nu_log: Float[Array, " p"], theta_log: Float[Array, " p"], gamma_log: Float[Array, " p"]) -> Gating:
     """lam = exp(-exp(nu) + i exp(theta)), inside the unit circle and the same for all tokens; beta = exp(gamma)."""
-    checks.bind_shapes(("nu_log", nu_log, "p"), ("theta_log", theta_log, "p"), ("gamma_log", gamma_log, "p"))
-    checks.check_floating(nu_log=nu_log, theta_log=theta_log, gamma_log=gamma_log)
-    rate = jax.lax.complex(-jnp.exp(nu_log), jnp.exp(theta_log))[None, None]
-    return Gating(jnp.ones((1, 1, 1, 1, 1), nu_log.dtype), rate, jnp.exp(gamma_log)[None, None, None, None])
+    given = {"nu_log": nu_log, "theta_log": theta_log, "gamma_log": gamma_log}
+    arguments.check_arrays(**given)
+    checks.bind_shapes(*((name, x, "p") for name, x in given.items()))
+    checks.check_floating(**given)
+    wide = checks.accumulator_dtype(*(x.dtype for x in given.values()))  # complex numbers are of float32 or wider
+    nu, theta, gamma = (jnp.exp(x.astype(wide)) for x in given.values())
+    rate = jax.lax.complex(-nu, theta)[None, None]
+    return Gating(jnp.ones((1, 1, 1, 1, 1), wide), rate, gamma[None, None, None, None])
 
 
 def lru_dsf(
@@ -250,6 +262,7 @@ def lru_dsf(
     Differs from the table in that the dense matrices stay outside: `Bu` is the input times B, and the layer's output is
     Re(C y) + D u.
     """
+    arguments.check_arrays(Bu=Bu)
     checks.bind_shapes(("Bu", Bu, "B T p"), ("nu_log", nu_log, "p"))
     gating = lru_gating(nu_log, theta_log, gamma_log)
     return DSFSystem(*gating, _one(gating), Bu[:, :, None], _one(gating))
@@ -265,12 +278,12 @@ def sigmoid_gating(
 
     The second, the reversed sigmoid, is S6's transition: exp(-alpha softplus(x)) = sigmoid(-x)^alpha.
     """
-    checks.bind_shapes(("forget", forget, "B T p"), ("write", write, "B T p"))
+    arguments.check_arrays(forget=forget, write=write)
+    checks.bind_shapes(("forget", forget, "B T p"), ("write", write, "B T p"), ("alpha", alpha, ""))
     checks.check_floating(forget=forget, write=write, alpha=alpha)
     if alpha is None:
         step, rate = jax.nn.log_sigmoid(forget), jnp.ones((1, 1, 1), forget.dtype)
     else:
-        checks.bind_shapes(("alpha", alpha, ""))
         step, rate = jax.nn.softplus(forget), -jax.nn.relu(alpha).reshape(1, 1, 1)
     return Gating(step[:, :, None, None], rate, jax.nn.sigmoid(write)[:, :, None, None])
 
@@ -289,6 +302,7 @@ def qlstm_dsf(
       forget, write, read: logits of the three gates.
       alpha: exponent of the reversed sigmoid; `None` for the plain one.
     """
+    arguments.check_arrays(x=x, read=read)
     checks.bind_shapes(("x", x, "B T p"), ("forget", forget, "B T p"), ("read", read, "B T p"))
     gating = sigmoid_gating(forget, write, alpha)
     return DSFSystem(*gating, _one(gating), x[:, :, None], jax.nn.sigmoid(read)[:, :, None, None])
@@ -302,20 +316,24 @@ def rglru_gating(
 ) -> Gating:
     """lam = exp(-8 sigmoid(recurrence) softplus(decay)), beta = sqrt(1 - lam^2) sigmoid(write).
 
-    Where a document starts nothing is kept, so that lam counts as 0 and the root as 1; the system's `segment_ids` are
-    what forgets.
+    Where a document starts nothing is kept, so that lam is 0 and the root 1.
     """
+    arguments.check_arrays(recurrence=recurrence, write=write, decay=decay)
     checks.bind_shapes(
         ("recurrence", recurrence, "B T p"), ("write", write, "B T p"), ("decay", decay, "p"), ("starts", starts, "B T")
     )
     checks.check_floating(recurrence=recurrence, write=write, decay=decay)
-    step, rate = RGLRU_RATE * jax.nn.sigmoid(recurrence), -jax.nn.softplus(decay)
-    rest = -jnp.expm1(2 * step * rate)
+    wide = checks.accumulator_dtype(recurrence.dtype, decay.dtype)
+    log_lam = -RGLRU_RATE * jax.nn.sigmoid(recurrence.astype(wide)) * jax.nn.softplus(decay.astype(wide))
+    rest = -jnp.expm1(2 * log_lam)
     is_open = rest > 0  # the root has no gradient at 0
     root = jnp.where(is_open, jnp.sqrt(jnp.where(is_open, rest, 1)), 0)
     if starts is not None:
         root = jnp.where(starts[..., None], 1, root)
-    return Gating(step[:, :, None, None], rate[None, None], (root * jax.nn.sigmoid(write))[:, :, None, None])
+        # exp of which is 0; unlike that of -inf its gradient is 0 too.
+        log_lam = jnp.where(starts[..., None], arguments.MIN_LOG_DECAY, log_lam)
+    beta = root * jax.nn.sigmoid(write)
+    return Gating(log_lam[:, :, None, None], jnp.ones((1, 1, 1), wide), beta[:, :, None, None])
 
 
 def rglru_dsf(
@@ -333,12 +351,12 @@ def rglru_dsf(
       x: inputs.
       recurrence, write: logits of the two gates.
       decay: what every channel's lam is made from.
-      starts: where a document begins: its position is 0.
+      starts: where a document begins: its position is 0. What came before, an initial state too, is forgotten there.
     """
+    arguments.check_arrays(x=x)
     checks.bind_shapes(("x", x, "B T p"), ("recurrence", recurrence, "B T p"))
     gating = rglru_gating(recurrence, write, decay, starts)
-    segment_ids = None if starts is None else jnp.cumsum(starts, axis=1)
-    return DSFSystem(*gating, _one(gating), x[:, :, None], _one(gating), segment_ids=segment_ids)
+    return DSFSystem(*gating, _one(gating), x[:, :, None], _one(gating))
 
 
 def _one(gating: Gating) -> Any:

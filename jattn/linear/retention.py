@@ -47,7 +47,7 @@ def retention(
         query,
         key,
         value,
-        _log_decay(gamma, sizes["K"]),
+        retention_log_decay(gamma, sizes["K"], query.dtype),
         mask,
         scale=arguments.scale(scale, default=sizes["H"] ** -0.5),
         reverse=reverse,
@@ -73,7 +73,8 @@ def retention_step(
     sizes = checks.bind_shapes(("query", query, "B N H"), ("key", key, "B K H"))
     checks.check_grouped_heads(sizes["N"], sizes["K"])
     scale = arguments.scale(scale, default=sizes["H"] ** -0.5)
-    return linear_attention_step(query, key, value, state, _log_decay(gamma, sizes["K"]), scale=scale)
+    log_decay = retention_log_decay(gamma, sizes["K"], query.dtype)
+    return linear_attention_step(query, key, value, state, log_decay, scale=scale)
 
 
 def retention_gamma(num_heads: int) -> Float[Array, " num_heads"]:
@@ -82,10 +83,11 @@ def retention_gamma(num_heads: int) -> Float[Array, " num_heads"]:
     return jnp.asarray(1 - 2.0 ** (-5 - np.arange(num_heads)), jnp.float32)
 
 
-def _log_decay(gamma: Any, heads: int) -> Any:
+def retention_log_decay(gamma: Any, heads: int, dtype: Any) -> Float[Array, " K"]:
+    """log gamma in the accumulator dtype for queries of `dtype`: what it is off by adds up along the sequence."""
     gamma = retention_gamma(heads) if gamma is None else gamma
     checks.bind_shapes(("gamma", gamma, "K"), K=heads)
     checks.check_floating(gamma=gamma)
     message = "expected decays above 0 and at most 1, got others; pass exp(log_decay)"
     checks.check_values("gamma", gamma, lambda x: (x <= 0) | (x > 1), message)
-    return jnp.log(gamma.astype(checks.accumulator_dtype(gamma.dtype)))
+    return jnp.log(gamma.astype(checks.accumulator_dtype(gamma.dtype, dtype)))

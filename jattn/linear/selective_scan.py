@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jattn import checks
+from jattn.linear import arguments
 from jattn.linear.dsf import Mode, dsf_scan
 from jattn.linear.dsf_systems import s6_dsf
 
@@ -58,6 +59,7 @@ def selective_scan(
     Raises:
       TypeError: a wrong dtype or type. ValueError: a wrong shape or option.
     """
+    arguments.check_arrays(u=u, delta=delta, A=A, B=B, C=C)
     channels = (("u", u, "B T D"), ("delta", delta, "B T D"), ("z", z, "B T D"), ("delta_bias", delta_bias, "D"))
     sizes = checks.bind_shapes(*channels, ("A", A, "D n"))
     checks.bind_shapes(("B", B, "B T n"), ("C", C, "B T n"), ("initial_state", initial_state, "B D n"), **sizes)
@@ -91,10 +93,16 @@ def selective_scan_step(
     delta_softplus: bool = False,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B D n"]]:
     """One token of `selective_scan`: the output and the state to pass with the next token."""
-    given = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
-    for name, x in given.items():
-        checks.bind_shapes((name, x, "B n" if name in "BC" else "B D"))
-    token: dict[str, Any] = {name: None if x is None else x[:, None] for name, x in given.items()}
+    if state is None:
+        raise TypeError("state: expected an array, got None; start from zeros [B, D, n]")
+    given = {"u": u, "delta": delta, "B": B, "C": C}
+    arguments.check_arrays(**given, A=A)
+    sizes = checks.bind_shapes(("u", u, "B D"), ("delta", delta, "B D"), ("z", z, "B D"), ("A", A, "D n"))
+    checks.bind_shapes(("B", B, "B n"), ("C", C, "B n"), ("state", state, "B D n"), **sizes)
+    accumulator = checks.accumulator_dtype(*(x.dtype for x in (*given.values(), A, delta_bias) if x is not None))
+    if state.dtype != accumulator:
+        raise TypeError(f"state: expected dtype {accumulator}, in which states are kept, got {state.dtype}")
+    token: dict[str, Any] = {name: None if x is None else x[:, None] for name, x in {**given, "z": z}.items()}
     options: dict[str, Any] = {"D": D, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
     out, state = selective_scan(A=A, **token, **options, initial_state=state, return_state=True, mode="scan")
     return out[:, 0], state

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jattn import checks
+from jattn.linear import arguments
 from jattn.linear.arguments import LinearState
+
+PER_TOKEN = ("log_decay", "beta")  # what an op may have for every token besides query, key and value
 
 
 def attend_varlen(
@@ -42,7 +44,8 @@ def attend_varlen(
       max_length: at least the length of the longest sequence; static, for shapes depend on it.
       initial_state: of every sequence, `S [S, Kv, H, V]`.
       return_state: also return the states after the sequences.
-      options: the other arguments of `op`; arrays `[1, T, ..]`, such as gates, are packed as the queries are.
+      options: the other arguments of `op`. `beta`, and `log_decay` unless it is `[K]`, are `[1, T, ..]` and packed as
+        the queries are; all else is the same for every sequence.
 
     Returns:
       `[1, T, O, V]`, or `(that, LinearState)`.
@@ -51,6 +54,7 @@ def attend_varlen(
       TypeError: a wrong dtype or type. ValueError: a wrong shape, offsets that decrease or leave the row, a sequence
       longer than `max_length` (while offsets are traced their values are not known and not checked), or what `op` says.
     """
+    arguments.check_arrays(query=query, key=key, value=value, cu_seqlens=cu_seqlens)
     sizes = checks.bind_shapes(("query", query, "B T N H"), ("cu_seqlens", cu_seqlens, "ends"))
     checks.check_integer(cu_seqlens=cu_seqlens)
     checks.check_flags(return_state=return_state)
@@ -60,13 +64,16 @@ def attend_varlen(
         raise ValueError(
             f"query: expected one row with all sequences, got {sizes['B']}; use a mask for rows of a batch"
         )
+    gates = {name: options[name] for name in PER_TOKEN if getattr(options.get(name), "ndim", 0) > 1}
+    layouts = ((name, x, "B T heads channels" if x.ndim == 4 else "B T heads") for name, x in gates.items())
+    checks.bind_shapes(("key", key, "B T K H"), ("value", value, "B T Kv V"), *layouts, **sizes)
     if count < 1:
         raise ValueError(f"cu_seqlens: expected at least two numbers, got {sizes['ends']}")
     for name in ("mask", "segment_ids"):
         if options.get(name) is not None:
             raise ValueError(f"{name}: cu_seqlens says which tokens are a sequence; leave it out")
     message = f"expected offsets from 0 to T = {length} that do not decrease"
-    checks.check_values("cu_seqlens", cu_seqlens, lambda x: (x[0] != 0) | (x[-1] > length) | (jnp.diff(x) < 0), message)
+    checks.check_values("cu_seqlens", cu_seqlens, lambda x: (x[0] != 0) | (x[-1] > length) | (x[1:] < x[:-1]), message)
     checks.check_values(
         "max_length", cu_seqlens, lambda x: jnp.diff(x) > longest, f"{longest} is less than the longest sequence"
     )
@@ -76,9 +83,9 @@ def attend_varlen(
     real = place < jnp.diff(offsets)[:, None]
     token = jnp.where(real, offsets[:-1, None] + place, 0)
 
-    def rows(x: Any) -> Any:
+    def rows(x: Any) -> Array:
         """[1, T, ..] -> [S, max_length, ..]"""
-        return jnp.asarray(x)[0, token] if getattr(x, "ndim", 0) > 1 and x.shape[:2] == (1, length) else x
+        return jnp.asarray(x)[0, token]
 
     out, state = op(
         rows(query),
@@ -87,7 +94,7 @@ def attend_varlen(
         mask=real[:, None, None],
         initial_state=initial_state,
         return_state=True,
-        **jax.tree.map(rows, options),
+        **options | {name: rows(x) for name, x in gates.items()},
     )
     index = jnp.arange(length)
     sequence = jnp.clip(jnp.searchsorted(offsets, index, side="right") - 1, 0, count - 1)

@@ -387,8 +387,10 @@ class RGLRUMixer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
         past: Float[Array, "B past D"] | None,
     ) -> tuple[DSFSystem, Float[Array, "B past D"] | None]:
-        u, past = self.convolution(self.in_proj(x), segment_ids=segment_ids, state=past)
         starts = (positions == 0) | segment_starts(segment_ids, x)
+        if past is not None:  # which the convolution takes for the first token's document
+            past = jnp.where(starts[:, :1, None], 0, past)
+        u, past = self.convolution(self.in_proj(x), segment_ids=jnp.cumsum(starts, axis=1), state=past)
         return self.rglru.as_dsf(u, starts), past
 
     def __call__(
@@ -401,8 +403,6 @@ class RGLRUMixer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RecurrentState | None]:
         memory, past = (None, None) if state is None else state
         system, past = self._system(x, positions, segment_ids, past)
-        if memory is not None:
-            memory = jnp.where(positions[:, :1] == 0, 0, memory)
         out, memory = _scan_channels(system, memory)
         return self.finish(x, out), None if memory is None or past is None else RecurrentState(memory, past)
 

@@ -78,7 +78,7 @@ SYSTEMS = {
     "lru": lambda: lru_dsf(*lru_parts()),
     "qlstm": lambda: qlstm_dsf(*gates(4)),
     "qlstm_reversed": lambda: qlstm_dsf(*gates(4), np.asarray(1.7)),
-    "rglru": lambda: rglru_dsf(*gates(3), normal(p), np.roll(IDS, 1, axis=1) != IDS),
+    "rglru": lambda: rglru_dsf(*gates(3), normal(p), np.diff(IDS, axis=1, prepend=IDS[:, :1]) > 0),
     # A gate for every key channel, and both a beta and a read-out that vary in n and p: no published row has them.
     "by_key": lambda: SYSTEMS["linear"]()._replace(step=-np.exp(normal(B, T, N, n, 1)), beta=normal(B, T, N, n, 1)),
     "everything": lambda: DSFSystem(

@@ -145,6 +145,13 @@ def test_a_convolution_is_the_scan_of_what_no_token_changes():
         assert_close(scan(system, mode="convolution"), by_hand(system)[0])
 
 
+def test_a_convolution_counts_further_than_its_step_can():
+    """No 257 is a bfloat16."""
+    one, value = jnp.ones((1, 1, 1, 1, 1), jnp.bfloat16), normal(1, 521, 1, 2).astype(np.float32)
+    system = DSFSystem(-one / 128, one[0, 0], one, one, value, one)
+    assert_close(scan(system, mode="convolution"), scan(system), 1e-5)
+
+
 @every_system
 def test_one_token_needs_no_eigenvalue(name):
     system = piece(made(name), 0, 1)

@@ -145,13 +145,18 @@ def test_rg_lru_is_its_loop_and_its_reset_splits_documents():
         want.append(state)
     whole = np.asarray(outputs(rglru_dsf, *gates(3), decay, starts))
     assert_close(whole[:, :, 0], np.stack(want, 1))
-    parts = [
-        outputs(rglru_dsf, *(g[:, cut] for g in gates(3)), decay, starts[:, cut]) for cut in (slice(0, 6), slice(6, T))
-    ]
+    assert (np.asarray(eigenvalues(rglru_dsf(*gates(3), decay, starts)))[starts] == 0).all()
+    # Nothing is left of a state from before the first token of a document.
+    run = jax.jit(lambda state, *parts: dsf_scan(rglru_dsf(*parts), initial_state=state))
+    state = np.ones((B, 1, 1, p))
+    parts = [run(state, *(g[:, cut] for g in gates(3)), decay, starts[:, cut]) for cut in (slice(0, 6), slice(6, T))]
     assert_close(whole[1], np.concatenate(parts, axis=1)[1])
     # A gate that never opens keeps everything, and its root has a gradient.
-    slope = jax.jit(jax.grad(lambda decay: jnp.sum(dsf_scan(rglru_dsf(*gates(3), decay)))))
-    assert np.isfinite(slope(np.full(p, -800.0))).all()
+    slope = jax.jit(jax.grad(lambda decay, starts: jnp.sum(dsf_scan(rglru_dsf(*gates(3), decay, starts)))))
+    for begins in (None, starts):
+        assert np.isfinite(slope(np.full(p, -800.0), begins)).all()
+    slopes = jax.jit(jax.grad(lambda system: jnp.sum(dsf_scan(system))))(rglru_dsf(*gates(3), decay, starts))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
 # What rows have in common
@@ -185,6 +190,19 @@ def test_normalised_attention_is_a_state_space_model():
     late = np.asarray(scan(row(*narrow, normalize_in="readout")))
     want, _ = scan(row(query, key, value, steep), return_state=True)
     assert_close(late[:, 5:], np.asarray(want)[:, 5:], 1e-5)
+
+
+def test_normalised_attention_telescopes_in_bfloat16():
+    query, key, value = heads()
+    log_eta = jnp.asarray(2 * normal(B, T, N), jnp.bfloat16)
+    got, want = (outputs(normalized_attention_dsf, query, key, value, x) for x in (log_eta, log_eta.astype(float)))
+    assert_close(got, want, 1e-6)
+
+
+def test_an_lru_of_bfloat16_is_that_of_its_numbers():
+    Bu, *rates = lru_parts()
+    rates = [jnp.asarray(x, jnp.bfloat16) for x in rates]
+    assert_close(*(outputs(lru_dsf, Bu, *(x.astype(dtype) for x in rates)) for dtype in (jnp.bfloat16, float)), 1e-5)
 
 
 def test_linear_attention_is_s6_with_eta_in_the_place_of_delta():
@@ -254,6 +272,27 @@ def test_normalisers():
 
 # Bad input
 
+GIVEN = {
+    eta_gating: {"log_eta": normal(B, T, N)},
+    normalized_attention_dsf: dict(zip(("query", "key", "value", "log_eta"), (*heads(), normal(B, T, N)), strict=True)),
+    linear_attention_dsf: dict(zip(("query", "key", "value"), heads(), strict=True)),
+    functools.partial(softmax_dsf, order=1): dict(zip(("query", "key", "value"), heads(), strict=True)),
+    delta_gating: {"delta": normal(B, T, N, p), "A": normal(N, n, p)},
+    functools.partial(s6_dsf, D=None): {name: x for name, x in s6_parts().items() if name != "D"},
+    mamba2_dsf: {
+        "x": normal(B, T, N, p), "delta": normal(B, T, N), "A": normal(N), "B": heads()[0], "C": heads()[1]
+    },
+    lru_dsf: dict(zip(("Bu", "nu_log", "theta_log", "gamma_log"), lru_parts(), strict=True)),
+    qlstm_dsf: dict(zip(("x", "forget", "write", "read"), gates(4), strict=True)),
+    rglru_dsf: dict(zip(("x", "recurrence", "write"), gates(3), strict=True)) | {"decay": normal(p)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "name"), [(call, name) for call, given in GIVEN.items() for name in given])
+def test_a_missing_argument_is_named(call, name):
+    with pytest.raises(TypeError, match=f"^{name}: expected an array, got NoneType"):
+        call(**GIVEN[call] | {name: None})
+
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
@@ -270,6 +309,7 @@ def test_normalisers():
         (lambda: s6_dsf(**{**s6_parts(), "A": normal(n, p)}), ValueError, r"A: expected \[p, n\] with p = 7 as in u"),
         (lambda: lru_dsf(lru_parts()[0], *[normal(p)] * 2, normal(4)), ValueError, "gamma_log: .* p = 7 as in nu_log"),
         (lambda: qlstm_dsf(*gates(4), normal(1)), ValueError, "alpha: expected 0 dimensions"),
+        (lambda: qlstm_dsf(*gates(4), 1.0), TypeError, "alpha: expected an array, got float"),
         (lambda: rglru_dsf(*gates(3), normal(p), np.ones((B, 4), bool)), ValueError, "starts: .* with T = 13"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from jattn.linear.delta_rule import delta_rule
 from jattn.linear.gated import gated_delta_rule, kda, simple_gla, simple_gla_step
 from jattn.linear.recurrence import linear_attention
 from jattn.linear.retention import retention, retention_gamma, retention_step
+from jattn.sharding import shard_attention
 
 B, T, N, K, H, V = 2, 11, 6, 3, 5, 7
 RNG = np.random.default_rng(0)
@@ -27,11 +29,14 @@ def assert_close(got, want):
 def test_retention_decays_by_powers_of_two_and_scales():
     np.testing.assert_array_equal(retention_gamma(3), [31 / 32, 63 / 64, 127 / 128])
     assert retention_gamma(20)[-1] < 1
-    out = retention(Q, KEY, VALUE)
     distance = np.arange(T)[:, None] - np.arange(T)
     weights = np.where(distance >= 0, (1 - 2.0 ** (-5 - np.arange(K)[:, None, None])) ** np.maximum(distance, 0), 0)
     scores = np.einsum("btkgh,bskh,kts->bkgts", Q.reshape(B, T, K, -1, H), KEY, weights) * H**-0.5
-    assert_close(out, np.einsum("bkgts,bskv->btkgv", scores, VALUE).reshape(B, T, N, V))
+    want = np.einsum("bkgts,bskv->btkgv", scores, VALUE).reshape(B, T, N, V)
+    assert_close(retention(Q, KEY, VALUE), want)
+    with jax.enable_x64(True):
+        wide = retention(*(x.astype(np.float64) for x in (Q, KEY, VALUE)))
+    np.testing.assert_allclose(wide, want, rtol=0, atol=1e-13)
     gamma = np.array([0.5, 0.25, 1.0], np.float32)
     assert_close(retention(Q, KEY, VALUE, gamma), linear_attention(Q, KEY, VALUE, np.log(gamma), scale=H**-0.5))
 
@@ -44,6 +49,14 @@ def test_a_step_of_retention_is_one_token_of_it(gamma):
         out, carried = retention_step(Q[:, t], KEY[:, t], VALUE[:, t], carried, gamma)
         assert_close(out, want[:, t])
     assert_close(carried.S, state.S)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_retention_forgets_as_fast_on_a_mesh(dtype):
+    gamma = jnp.asarray([0.75, 0.9, 0.98], dtype)
+    mesh = jax.make_mesh((2,), ("context",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    x = {"query": Q[:, :10], "key": KEY[:, :10], "value": VALUE[:, :10], "gamma": gamma}
+    assert_close(shard_attention(retention, mesh, context="context")(**x), retention(**x))
 
 
 def test_simple_gla_is_mamba_2_with_a_scale_of_one():

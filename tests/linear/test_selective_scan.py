@@ -83,6 +83,19 @@ def test_never_holds_all_states():
 
 # Bad input
 
+WRONG = [("state", None), ("state", normal(B, n, p)), ("u", normal(B, 4)), ("C", normal(B, 4)), ("z", normal(B, 4))]
+
+
+@pytest.mark.parametrize(("name", "given"), WRONG)
+def test_a_step_names_its_own_arguments(name, given):
+    token = {name: x[:, 0] if x.ndim == 3 else x for name, x in s6_parts().items()} | {"state": np.zeros((B, p, n))}
+    letters = {"state": "B, D, n", "u": "B, D", "C": "B, n", "z": "B, D"}[name]
+    wrong = "delta" if name == "u" else name  # the first argument says what the others are to be
+    with pytest.raises(TypeError if given is None else ValueError, match=rf"^{wrong}: expected .*\[{letters}\]"):
+        selective_scan_step(**{**token, name: given})
+    with pytest.raises(TypeError, match=r"^state: expected dtype float64, in which"):
+        selective_scan_step(**{**token, "state": np.zeros((B, p, n), np.float32)})
+
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
@@ -90,6 +103,8 @@ def test_never_holds_all_states():
         (lambda: selective_scan(**{**s6_parts(), "D": normal(4)}), ValueError, r"D: expected \[D\] with D = 7"),
         (lambda: selective_scan(**s6_parts(), delta_softplus=1), TypeError, "delta_softplus: expected a static True"),
         (lambda: selective_scan(**{**s6_parts(), "B": IDS}), ValueError, "B: expected 3 dimensions"),
+        (lambda: selective_scan(**{**s6_parts(), "B": None}), TypeError, "^B: expected an array, got NoneType"),
+        (lambda: selective_scan(**{**s6_parts(), "delta": None}), TypeError, "^delta: expected an array, got NoneType"),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

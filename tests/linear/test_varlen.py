@@ -9,6 +9,7 @@ import pytest
 
 from jattn.linear.arguments import LinearState
 from jattn.linear.delta_rule import delta_rule
+from jattn.linear.hedgehog import hedgehog_attention
 from jattn.linear.lightning import lightning_attention
 from jattn.linear.recurrence import linear_attention
 from jattn.linear.varlen import attend_varlen
@@ -83,6 +84,20 @@ def test_offsets_may_be_traced():
         np.testing.assert_allclose(call(offsets), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("offsets", [[0, 3, T], [0, 5]])
+def test_maps_of_as_many_channels_as_tokens_are_no_tokens(offsets):
+    """One head's weight [1, H, F] and bias [1, F] look like tokens [1, T, ..] where H = F = T."""
+    generator = np.random.default_rng(2)
+    shapes = {"query": (1, T, 1, T), "key": (1, T, 1, T), "value": (1, T, 1, V)}
+    x = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    weights, bias = (generator.standard_normal(shape).astype(np.float32) for shape in ((2, 1, T, T), (1, T)))
+    maps = {"query_weight": weights[0], "key_weight": weights[1], "query_bias": bias, "key_bias": bias}
+    got = attend_varlen(hedgehog_attention, cu_seqlens=np.asarray(offsets, np.int32), max_length=T, **x, **maps)
+    for a, b in itertools.pairwise(offsets):
+        alone = hedgehog_attention(**{name: array[:, a:b] for name, array in x.items()}, **maps)
+        np.testing.assert_allclose(got[:, a:b], alone, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,11 +109,19 @@ def test_offsets_may_be_traced():
         ({"max_length": 0}, "^max_length: expected"),
         ({"query": np.zeros((2, T, N, H), np.float32)}, "^query: expected one row with all sequences, got 2"),
         ({"segment_ids": np.zeros((1, T), np.int32)}, "^segment_ids: cu_seqlens says"),
+        ({"key": np.zeros((1, 22, K, H), np.float32)}, r"^key: expected \[B, T, K, H\] with T = 23"),
+        ({"value": np.zeros((1, 22, K, V), np.float32)}, r"^value: expected \[B, T, Kv, V\] with T = 23"),
+        ({"value": None}, "^value: expected an array, got NoneType"),
+        ({"log_decay": np.zeros((1, 22, K, H), np.float32)}, "^log_decay: .* with T = 23"),
+        ({"log_decay": np.zeros((4, 16, K), np.float32)}, "^log_decay: .* with B = 1"),
+        ({"log_decay": np.zeros((1, T), np.float32)}, r"^log_decay: expected 3 dimensions \[B, T, heads\]"),
+        ({"beta": np.ones((1, 22, K), np.float32)}, r"^beta: expected \[B, T, heads\] with T = 23"),
     ],
 )
 def test_bad_calls_are_named(change, message):
     op, x, _, _ = operands("linear")
     given = {"cu_seqlens": OFFSETS, "max_length": 16, **x, **change}
-    given["cu_seqlens"] = np.asarray(given["cu_seqlens"], np.int32)
-    with pytest.raises(ValueError, match=message):
-        attend_varlen(op, **given)
+    for dtype in (np.int32, np.uint32):
+        given["cu_seqlens"] = np.asarray(given["cu_seqlens"], dtype)
+        with pytest.raises((TypeError, ValueError), match=message):
+            attend_varlen(op, **given)

@@ -216,13 +216,13 @@ def test_rg_lru_starts_near_one_and_its_gates_are_block_diagonal(x):
 
 
 def test_rg_lru_forgets_where_a_position_is_0(x):
-    mixer = filled(RGLRUMixer(WIDTH, num_heads=3, taps=1, rngs=nnx.Rngs(0)))  # the convolution knows no positions
+    mixer = filled(RGLRUMixer(WIDTH, num_heads=3, rngs=nnx.Rngs(0)))
     restart, _ = protocol.packed(9, LENGTH - 9)
     got, _ = protocol.apply(mixer, x, restart)
     alone = [protocol.alone(mixer, x, 0, 9), protocol.alone(mixer, x, 9, LENGTH)]
     protocol.assert_near(got, np.concatenate(alone, axis=1))
     # And from a state, of which nothing is left then.
-    state = mixer.init_state(BATCH, LENGTH, jnp.float32)._replace(memory=jnp.ones((BATCH, WIDTH)))
+    state = jax.tree.map(jnp.ones_like, mixer.init_state(BATCH, LENGTH, jnp.float32))
     protocol.assert_near(protocol.apply(mixer, x, POSITIONS, state=state)[0], protocol.whole(mixer, x)[0])
 
 

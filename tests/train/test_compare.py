@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from tests.train.runs import HYBRID
 from train import loop, metrics
 from train.__main__ import main
-from train.compare import curves, with_mixer
+from train.compare import curves, plot, with_mixer
 from train.config import load_recipe
 from train.errors import UserError
 
@@ -194,6 +196,33 @@ def test_a_stopped_comparison_goes_on(runs, tmp_path, capsys):
     assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 6
 
 
+def test_runs_that_are_left_out_are_asked_for(runs, tmp_path, capsys):
+    words = f"pydoc_lm {STEPS} --seeds"
+    assert compare(tmp_path, f"{words} 2 --mixers softmax lightning") == 0
+    before = (tmp_path / "comparison.json").read_text()
+    runs.calls.clear()
+    for other in ("2 --mixers lightning", "2 --mixers lightning+sliding_window", "1 --mixers softmax lightning"):
+        assert compare(tmp_path, f"{words} {other}") == 2
+        error = capsys.readouterr().err
+        assert re.search(r"runs that this command leaves out \(.*/seed_1\); name their mixers and seeds too", error)
+        assert not runs.calls
+        assert (tmp_path / "comparison.json").read_text() == before
+    assert compare(tmp_path, f"{words} 3 --mixers {' '.join(FINAL)}") == 0
+    assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 9
+
+
+def test_a_single_point_is_drawn(tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    with metrics.MetricsLog(tmp_path / "a" / "metrics.jsonl") as log:
+        log.write(step=4, seconds=1.0, bits_per_byte=2.0)
+    plot({"softmax": [{"workdir": "a", "bits_per_byte": 2.0}]}, tmp_path)
+    left = drawn[0].axes[0]
+    assert left.lines[0].get_marker() == "o"
+    low, high = left.get_xlim()
+    assert [tick for tick in left.get_xticks() if low <= tick <= high] == [4]
+
+
 def test_curves_meet_at_common_steps(tmp_path):
     for name, last in (("a", 400), ("b", 300)):
         with metrics.MetricsLog(tmp_path / name / "metrics.jsonl") as log:
@@ -254,10 +283,24 @@ def test_a_run_that_is_missing_is_made_and_the_others_are_kept(real, words, caps
         assert after["mixers"][mixer]["bits_per_byte"] == before["mixers"][mixer]["bits_per_byte"]
 
 
-def test_recall_is_trained_and_scored(tmp_path):
+def test_recall_is_trained_and_scored(tmp_path, capsys):
+    """In bits per token, for there are no bytes, and first of all by accuracy."""
     small = "--model.vocab-size 64 --model.width 16 --model.mlp-width 24 --data.context 16 --data.batch 8"
-    words = f"mqar --mixers softmax --seeds 1 {small} --data.recall.pairs 2 --schedule.steps 3 --eval-every 1"
+    words = f"mqar --mixers softmax --seeds 1 {small} --data.recall.pairs 2 --schedule.steps 3 --eval-every 2"
     assert compare(tmp_path, words) == 0
     (run,) = json.loads((tmp_path / "comparison.json").read_text())["runs"]
     assert 0 <= run["accuracy"] <= 1
-    assert abs(run["bits_per_byte"] - math.log2(64)) < 1
+    assert abs(run["bits_per_token"] - math.log2(64)) < 1
+    summary = json.loads((tmp_path / run["workdir"] / "summary.json").read_text())
+    assert summary["val_accuracy"] == run["accuracy"]
+    assert summary["best"].keys() == {"step", "val_accuracy"}
+    picture = (tmp_path / "comparison.svg").read_text()  # where each text is a comment beside its shape
+    assert "bits per token, in training" in picture
+    assert "accuracy, held out, at the end" in picture
+    page = (tmp_path / run["workdir"] / "report.html").read_text()
+    assert f"<b>{run['accuracy']:.2%}</b> <span>accuracy on held-out answers</span>" in page
+    shown = capsys.readouterr().out
+    assert "bits/token" in shown
+    assert f"{run['accuracy']:.2%} of the held-out answers are right after 3 steps" in shown
+    for text in (picture, page, shown):
+        assert not re.search("bits per byte|bits/byte|held-out text", text, re.IGNORECASE)

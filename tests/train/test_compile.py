@@ -273,11 +273,16 @@ def test_a_mesh_of_another_size_names_one_that_fits(mesh, message):
 
 
 @pytest.mark.parametrize(
-    ("topology", "package"), [("v5e:2x4", "pip install libtpu"), ("h100:8", "--no-deps jax-cuda13-plugin==")]
+    ("topology", "message"),
+    [
+        ("v5e:2x4", r"\.venv-lab/bin/python -m train compile \.\.\.\), or pip install libtpu"),
+        ("h100:8", "--no-deps jax-cuda13-plugin=="),
+        ("foo", "--topology foo: no chip is called 'foo'; there are v4, v5e, "),
+    ],
 )
-def test_a_missing_compiler_is_one_line(topology, package, monkeypatch, capsys):
+def test_a_missing_compiler_or_chip_is_one_line(topology, message, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=package) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         ahead.main(["lm_v5e_8", "--topology", topology])
     assert "\n" not in str(caught.value)
 

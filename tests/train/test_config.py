@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from jattn.masks import Causal, Sink, SlidingWindow
+from jattn.models.lm import LMConfig
 from train import config as configs
 from train.__main__ import main
-from train.config import MeshConfig, load_recipe, parse_overrides, read_config, recipes, save_config
+from train.config import MeshConfig, OptimizerConfig, load_recipe, parse_overrides, read_config, recipes, save_config
 from train.errors import UserError
 from train.sharding import make_mesh
 from train.step import make_program, resolve_precision
@@ -68,12 +70,42 @@ def test_another_pattern_leaves_the_options_of_its_mixers(words):
     ("arguments", "message"),
     [
         ("--model.witdh 64", "no field is called --model.witdh; did you mean --model.width?"),
-        ("--schedule.steps 5", "schedule: give one of steps and seconds, got 5 and 155.0"),
-        ("--schedule.warmup 1.5", "schedule.warmup: expected a fraction in [0, 1], got 1.5"),
+        (
+            "--schedule.steps 5 --schedule.seconds 6",
+            "schedule: expected one of steps and seconds, got 5 and 6.0; give one and leave out the other",
+        ),
+        ("--schedule.seconds None", "schedule: expected one of steps and seconds, got None and None"),
+        ("--schedule.warmup 1.5", "schedule.warmup: expected a number in [0, 1], got 1.5"),
+        ("--optimizer.learning-rate nan", "optimizer.learning_rate: expected a number in [0, inf), got nan"),
+        ("--optimizer.matrix-learning-rate inf", "optimizer.matrix_learning_rate: expected a number in [0, inf), got"),
+        ("--optimizer.weight-decay -0.1", "optimizer.weight_decay: expected a number in [0, inf), got -0.1"),
+        ("--optimizer.b1 1", "optimizer.b1: expected a number in [0, 1), got 1.0"),
+        ("--optimizer.b2 -1", "optimizer.b2: expected a number in [0, 1), got -1.0"),
+        ("--optimizer.momentum 1", "optimizer.momentum: expected a number in [0, 1), got 1.0"),
+        ("--optimizer.ema 0", "optimizer.ema: expected a number in (0, 1) or None, got 0.0"),
+        ("--save-every-seconds -1", "save_every_seconds: expected a number in [0, inf], got -1.0"),
+        ("--schedule.seconds inf", "schedule.seconds: expected a number in (0, inf) or None, got inf"),
+        ("--conversion.learning-rate inf", "conversion.learning_rate: expected a number in [0, inf), got inf"),
+        ("--seed 2147483648", "seed: expected a number in [0, 2147483648), got 2147483648"),
+        ("--data.holdout 1", "data.holdout: expected a number in (0, 1), got 1.0"),
+        ("--model.dtype float32", "--model.dtype: follows from precision; use --precision float32 or"),
+        ("--model.param-dtype int8", "model.param_dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         ("--data.context 0", "data.context: expected at least 1, got 0"),
         ("--model.num-layers 5", "num_layers: 5 is no multiple of the pattern's length 2; 6 would be"),
         ("--model.pattern lightnin", "'lightnin'; did you mean 'lightning'?"),
-        ("--optimizer.clip-norm 0", "optimizer.clip_norm: expected a positive number, got 0.0"),
+        (
+            "--model.pattern lightning,sliding_window",
+            "--model.pattern: separate with spaces, as in --model.pattern lightning sliding_window; got lightning,",
+        ),
+        (
+            "--model.pattern softmax lightning --model.mixer-options.softmax.rope-theta 10",
+            "only what the recipe sets can be changed here (none); set others in mixer_options of a copy of its file",
+        ),
+        (
+            "--model.mixer-options.sliding-window.windw 10",
+            "can be changed here (--model.mixer-options.sliding-window.window); set others",
+        ),
+        ("--optimizer.clip-norm 0", "optimizer.clip_norm: expected a number in (0, inf], got 0.0"),
     ],
 )
 def test_overrides_that_cannot_be(arguments, message):
@@ -83,10 +115,60 @@ def test_overrides_that_cannot_be(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_value_of_the_wrong_type_is_one_line():
-    with pytest.raises(UserError, match=r"--model\.width.*--help lists the options") as caught:
-        parse_overrides(load_recipe("pydoc_lm"), ["--model.width", "wide"])
+@pytest.mark.parametrize("columns", ["40", None])
+def test_a_value_of_the_wrong_type_is_one_line_that_quotes_it_whole(columns, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    wide = "very/" * 30
+    with pytest.raises(UserError, match=rf"--model\.width.*'{wide}'.*--help lists the options") as caught:
+        parse_overrides(load_recipe("pydoc_lm"), ["--model.width", wide])
     assert "\n" not in str(caught.value)
+    assert os.environ.get("COLUMNS") == columns
+
+
+@pytest.mark.parametrize(("given", "other"), [("steps", "seconds"), ("seconds", "steps")])
+def test_one_end_of_the_schedule_takes_the_place_of_the_recipes(given, other):
+    recipe = load_recipe("pydoc_lm")
+    recipe = dataclasses.replace(recipe, schedule=configs.ScheduleConfig(**{other: 7}))
+    for words in ([f"--schedule.{given}", "5"], [f"--schedule.{given}=5"]):
+        schedule = parse_overrides(recipe, words).schedule
+        assert (getattr(schedule, given), getattr(schedule, other)) == (5, None)
+    assert parse_overrides(recipe, [f"--schedule.{given}", "None"]) == recipe
+
+
+def test_the_rates_in_use_are_named():
+    assert OptimizerConfig().rates == "optimizer.learning_rate and optimizer.matrix_learning_rate"
+    assert OptimizerConfig(name="adamw").rates == "optimizer.learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "known"),
+    [
+        ("sliding_window", "windw", "qk_norm, rope_theta, use_bias, value_dim, window"),
+        ("kda", "widht", "decay, decay_rank, gate, gate_bias, gate_rank, negative_eigenvalues, norm, .*, value_dim"),
+        ("mamba2", "num_heads", "state_dim, taps"),
+    ],
+)
+def test_an_option_that_a_mixer_does_not_have(name, option, known):
+    model = LMConfig(pattern=(name,), mixer_options={name: {option: 3}})
+    with pytest.raises(
+        UserError, match=rf"^model\.mixer_options\.{name}: has no option '{option}'; there are {known}$"
+    ):
+        dataclasses.replace(load_recipe("pydoc_lm"), model=model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_recipe_has_no_dtype_beside_its_precision(dtype):
+    recipe = load_recipe("pydoc_lm")
+    own = dataclasses.replace(recipe, precision="float32", model=dataclasses.replace(recipe.model, dtype=dtype))
+    with pytest.raises(
+        UserError, match=f"model.dtype: follows from precision, which makes it float32 here, got {dtype}"
+    ):
+        resolve_precision(own)
+    resolved = resolve_precision(dataclasses.replace(recipe, precision="bfloat16"))
+    assert resolved.model.dtype == "bfloat16"
+    assert resolve_precision(resolved) == resolved
 
 
 def test_help_lists_the_fields(capsys):

@@ -161,7 +161,7 @@ def test_a_signal_while_the_maps_learn_ends_the_run_and_it_begins_anew(words, tm
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(words, tmp_path, capsys):
-    assert train(tmp_path / "d", words, "--conversion.steps 9 --conversion.learning-rate inf --schedule.steps 1") == 2
+    assert train(tmp_path / "d", words, "--conversion.steps 9 --conversion.learning-rate 1e38 --schedule.steps 1") == 2
     assert "conversion: the new weights or their loss were not finite at batch 1; lower" in capsys.readouterr().err
 
 
@@ -202,7 +202,10 @@ def test_the_loss_of_a_model_is_the_mean_over_its_layers():
         ("--model.pattern hedgehog lightning", "is another model; add --model.pattern hedgehog"),
         ("--model.mixer-options.hedgehog.rope-theta 500.0", "model.mixer-options: expected .*10000.0.*, got .*500.0"),
         ("--data.tokenizer train --model.vocab-size 256", "data.tokenizer: .* reads bytes; leave it out"),
-        ("--conversion.source nowhere", "nowhere: holds no run"),
+        (
+            "--conversion.source nowhere",
+            "conversion.source: nowhere holds no run; start it with python -m train run softmax_lm --workdir nowhere",
+        ),
         ("--conversion.steps -1", "conversion.steps: expected at least 0, got -1"),
     ],
 )

@@ -183,6 +183,9 @@ def test_export_writes_the_weights_that_are_scored(trained, tmp_path, capsys):
     assert json.loads(metadata["config"])["model"]["width"] == 16
     assert f"{len(wanted)} arrays" in capsys.readouterr().out
     assert main(["export", str(workdir)]) == 0
+    assert main(["export", str(workdir), "--dtype", "bfloat16"]) == 0
+    rounded = safetensors.numpy.load_file(workdir / "model.bfloat16.safetensors")
+    assert {name: bits(x) for name, x in rounded.items()} == {name: bits(x) for name, x in found.items()}
     back = read_safetensors(workdir / "model.safetensors", state.average)
     assert all(bits(x) == bits(y) for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(state.average), strict=True))
 

@@ -66,9 +66,11 @@ def test_one_nan_is_skipped_and_counted(tmp_path, monkeypatch):
 def test_repeated_nans_stop_the_run_and_keep_the_batch(tmp_path, monkeypatch):
     spoiled(monkeypatch, set(range(9, 40)), not_finite)
     with pytest.raises(
-        UserError, match=r"the last 3 updates were not finite \(at step 11 the loss was nan.*lower"
+        UserError,
+        match=r"the last 3 updates were not finite \(at step 11 the loss was nan.*"
+        "lower optimizer.learning_rate and optimizer.matrix_learning_rate, or",
     ) as e:
-        loop.run(tiny("--guard.max-nonfinite 3"), tmp_path)
+        loop.run(tiny("--guard.max-nonfinite 3 --optimizer.name muon"), tmp_path)
     kept = tmp_path / "bad_batch_step_00000011.npz"
     assert str(kept) in str(e.value)
     with np.load(kept) as batch:
@@ -100,6 +102,32 @@ def test_a_spike_that_returns_stops_the_run(tmp_path, monkeypatch):
     words = "--guard.spike-z 6 --guard.spike-window 8 --guard.max-rollbacks 2"
     with pytest.raises(UserError, match=r"after 2 times of going back to step 1\d; the batch is kept in .*npz"):
         loop.run(tiny(words), tmp_path)
+
+
+def test_a_run_that_ends_in_nan_says_so(tmp_path, monkeypatch):
+    """And no figures of a model that is not finite are the best, whatever its headline is."""
+    nan = float("nan")
+    scores = (nan, 1.0), (3.0, 1.0), (2.0, nan), (nan, nan)
+    found = iter({"bits_per_byte": bits, "loss": loss} for bits, loss in scores)
+    monkeypatch.setattr(trainer, "score", lambda *_: next(found))
+    config = tiny("--schedule.steps 8 --eval-every 2 --keep-checkpoints 1")
+    for _ in range(2):  # and says it again
+        with pytest.raises(UserError, match=r"the run diverged: no finite bits per byte, loss on held-out .*lower opt"):
+            loop.run(config, tmp_path)
+
+    def no_json(constant):
+        raise AssertionError(constant)
+
+    for path in (tmp_path / "summary.json", *(seal.parent / "checkpoint.json" for seal in sealed(tmp_path))):
+        json.loads(path.read_text(), parse_constant=no_json)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["val_bits_per_byte"] is None
+    assert summary["evaluation"] == {"held_out": {"bits_per_byte": None, "loss": None}}
+    assert summary["best"] == {"step": 4, "val_bits_per_byte": 3.0}
+    assert [seal.parent.name for seal in sealed(tmp_path)] == ["step_00000004", "step_00000008"]
+    page = (tmp_path / "report.html").read_text()
+    assert "The run diverged: no finite bits per byte, loss on held-out text after its last step." in page
+    assert "<b>3.000</b>" not in page
 
 
 @pytest.fixture

@@ -369,14 +369,14 @@ def test_overrides_reach_the_model_and_the_augmentation(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--data.holdout 0", "data.holdout: expected more than 0 and less than 1, got 0.0"),
+        ("--data.holdout 0", "data.holdout: expected a number in (0, 1), got 0.0"),
         ("--data.fold 5", "data.fold: with data.holdout = 0.2 the last is 4, got 5"),
         ("--data.batch 0", "data.batch: expected at least 1, got 0"),
         ("--data.batch 9 --data.accumulate 2", "data.batch: 9 images do not divide by data.accumulate = 2"),
         ("--data.size 0 8", "data.size: expected at least 1, got 0"),
-        ("--data.augment.mixup -1", "data.augment.mixup: expected a number of at least 0, got -1.0"),
-        ("--data.augment.magnitude 2", "data.augment.magnitude: expected a fraction in [0, 1], got 2.0"),
-        ("--label-smoothing 1.5", "label_smoothing: expected a fraction in [0, 1], got 1.5"),
+        ("--data.augment.mixup -1", "data.augment.mixup: expected a number in [0, inf), got -1.0"),
+        ("--data.augment.magnitude 2", "data.augment.magnitude: expected a number in [0, 1], got 2.0"),
+        ("--label-smoothing 1.5", "label_smoothing: expected a number in [0, 1], got 1.5"),
         ("--optimizer.name muon", "optimizer.name: image models are trained by adamw, got muon"),
         ("--data.batch 60", "data.batch: 60 images do not divide over data x fsdp = 8 devices"),
         ("--mesh.tensor 2", "mesh.tensor: an image model is whole on every device, so expected 1, got 2"),

@@ -354,24 +354,49 @@ def test_a_damaged_file_is_named(tmp_path):
         write_report(tmp_path)
 
 
-def test_smoothing_neither_shifts_a_curve_nor_minds_a_gap():
-    line = np.linspace(3.0, 1.0, 1200)
-    holed = np.where(np.arange(1200) % 7 == 0, np.nan, line)
-    binned = drawing._binned(holed)
-    assert binned.shape == (drawing.BINS,)
-    np.testing.assert_allclose(binned, drawing._binned(line), atol=2e-3)
-    smooth = drawing._smooth(drawing._binned(line))
-    np.testing.assert_allclose(smooth[30:-30], drawing._binned(line)[30:-30], rtol=1e-12)
-    np.testing.assert_allclose(drawing._smooth(np.where(np.isnan(holed[:50]), np.nan, 2.0))[1:7], 2.0, rtol=1e-12)
+def test_smoothing_does_not_shift_a_curve():
+    line = drawing._binned(np.linspace(3.0, 1.0, 1201))
+    assert line.shape == (drawing.BINS,)
+    np.testing.assert_allclose(line[[0, -1]], [3.0, 1.0], atol=4e-3)
+    smooth = drawing._smooth(line)
+    np.testing.assert_allclose(smooth[30:-30], line[30:-30], rtol=1e-5)
+    np.testing.assert_allclose(drawing._smooth(np.full(50, 2.0)), 2.0, rtol=1e-12)
     noise = np.random.default_rng(0).standard_normal(400)
     assert drawing._smooth(noise).std() < 0.4 * noise.std()
 
 
-@pytest.mark.parametrize(("low", "high"), [(1.41, 2.26), (1.3, 2.5), (1.3, 9.0), (0.01, 40.0), (1e-9, 1e9)])
-def test_logarithmic_axes_have_a_few_round_ticks(low, high):
-    ticks = drawing._log_ticks(low, high)
-    assert 2 <= len(ticks) <= 7
-    assert all(low <= tick <= high for tick in ticks)
+@pytest.mark.parametrize("log", [False, True])
+def test_a_curve_ends_where_it_was_last_measured_and_says_where(log):
+    steps = np.arange(1.0, 21.0)
+    loss = 3 + (-1.0) ** steps
+
+    def drawn(x, values):
+        series = [(values, drawing.TRAIN, False)]
+        return drawing.draw(x, series, x_label="step", alt="Loss", baselines={}, labels=True, log=log, size=(400, 300))
+
+    # A validation is a row of its own, without a loss.
+    validated = drawn(np.append(steps, 20.0), np.append(loss, np.nan))
+    assert validated == drawn(steps, loss)
+    (end,) = re.findall(r">(\d\.\d{3})<", validated)
+    assert 2.3 < float(end) < 3.7  # not the last point, which is 4
+
+
+@pytest.mark.parametrize("decades", [-9, -1, 0, 4])
+def test_logarithmic_axes_have_a_few_round_ticks(decades):
+    for low in np.geomspace(1, 10, 37) * 10.0**decades:
+        for span in np.geomspace(1.61, 1e6, 41):
+            ticks = drawing._log_ticks(low, low * span)
+            assert 2 <= len(ticks) <= 7
+            assert all(low <= tick <= low * span for tick in ticks)
+            # No half of the axis is without.
+            assert np.diff(np.log([low, *ticks, low * span])).max() < 0.5 * np.log(span)
+
+
+def test_ticks_are_short():
+    values = (0, 0.05, 12.5, 999, 1000, 1250, 40_000, 120_000, 1e6, -5000)
+    assert [drawing._tick(value) for value in values] == [
+        "0", "0.05", "12.5", "999", "1k", "1.25k", "40k", "120k", "1M", "-5k",
+    ]  # fmt: skip
 
 
 def test_importing_the_report_does_not_import_matplotlib():

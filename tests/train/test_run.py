@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from tests.train.runs import HYBRID, STEPS, TINY, assert_same_bits, finish, rows, sealed, start, wait_for
+from tests.train.runs import (
+    HYBRID,
+    ROOT,
+    STEPS,
+    TINY,
+    assert_same_bits,
+    command,
+    environment,
+    finish,
+    rows,
+    sealed,
+    start,
+    wait_for,
+)
 from train import loop, trainer
 from train.__main__ import main
 from train.config import load_recipe, parse_overrides
@@ -159,12 +176,38 @@ def test_doctor_shows_versions_and_every_op(capsys):
     for word in (
         "jax",
         "devices",
-        "dot_product_attention(",
-        "sliding_window_attention(",
-        "linear_attention(",
+        "\nsoftmax: dot_product_attention(",
+        "\nsliding_window: sliding_window_attention(",
+        "\nlightning: linear_attention(",
+        "\nretnet: linear_attention(",
         "runs xla",
     ):
         assert word in shown
+
+
+@pytest.mark.parametrize("words", ["run pydoc_lm --help", "--help"], ids=["long", "buffered to the end"])
+def test_a_reader_that_goes_away_is_no_error(words):
+    """As with `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command(words),
+        cwd=ROOT,
+        env=environment(PYTHONUNBUFFERED=""),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_python_without_the_packages_is_told_where_they_are():
+    words = [sys.executable, "-S", "-m", "train", "run", "pydoc_lm", "--data.source", "a b"]  # no site, no packages
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    wanted = "make setup, then .venv/bin/python -m train run pydoc_lm --data.source 'a b'\n"
+    assert re.fullmatch(rf"error: \w+ is not installed here \(.*\); {wanted}", done.stderr)
 
 
 @pytest.fixture

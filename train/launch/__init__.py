@@ -1,4 +1,4 @@
-"""Runs on many hosts, from one command: `python -m train.launch TARGET RECIPE [options] [-- overrides]`.
+"""Runs on many hosts, from one command: `python -m train launch TARGET RECIPE [options] [-- overrides]`.
 
     slurm    slurm.sbatch       a batch job, queued again when its time is over or it is preempted
     gke      gke_jobset.yaml    a JobSet on a slice of TPUs; its comments say what GPUs need
@@ -23,9 +23,9 @@ from typing import Any, Literal
 from train.errors import UserError
 
 USAGE = """\
-usage: python -m train.launch TARGET RECIPE [options] [-- overrides]
+usage: python -m train launch TARGET RECIPE [options] [-- overrides]
 targets: {targets}
-options: python -m train.launch TARGET --help; overrides: python -m train run RECIPE --help"""
+options: python -m train launch TARGET --help; overrides: python -m train run RECIPE --help"""
 
 
 class Template(string.Template):
@@ -113,7 +113,7 @@ _RUNTIMES = {
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m train.launch TARGET RECIPE [options] [-- overrides]`."""
+    """`python -m train launch TARGET RECIPE [options] [-- overrides]`."""
     from train.config import load_recipe, parse_arguments, parse_overrides
 
     targets: dict[str, Any] = {"slurm": Slurm, "gke": Gke, "tpu_vm": TpuVm}
@@ -128,13 +128,12 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & {*words}:
         words = ["RECIPE", "--help"]
     elif not words or words[0].startswith("-"):
-        raise UserError(f"launch: expected a recipe after {target}, as in python -m train.launch {target} lm_1b")
+        raise UserError(f"launch: expected a recipe after {target}, as in python -m train launch {target} lm_1b")
     options = parse_arguments(targets[target], words[1:], f"launch {target} RECIPE")
     config = parse_overrides(load_recipe(words[0]), overrides)
     if config.schedule.steps is None:
         raise UserError(
-            "schedule.seconds: each host has its own clock, so a run on many counts steps; "
-            "give -- --schedule.seconds None --schedule.steps N"
+            "schedule.seconds: each host has its own clock, so a run on many counts steps; give -- --schedule.steps N"
         )
     text = render(options, words[0], overrides)
     if options.dry_run:

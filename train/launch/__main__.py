@@ -1,13 +1,8 @@
-"""`python -m train.launch TARGET RECIPE [options] [-- overrides]`."""
+"""`python -m train.launch` is `python -m train launch`."""
 
 import sys
 
-from train.errors import UserError
-from train.launch import main
+from train.__main__ import main
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(["launch", *sys.argv[1:]]))

@@ -69,7 +69,6 @@ class Headline(NamedTuple):
 class Task(Protocol):
     """Made of a configuration: `task_of(config)`."""
 
-    headline: ClassVar[Headline]
     unit: ClassVar[str]
     """Of work, as in "tokens per second"."""
     scored: ClassVar[str]
@@ -78,6 +77,10 @@ class Task(Protocol):
     """Shardings of parameters."""
     batch_spec: ClassVar[PartitionSpec]
     """Of every array of a batch."""
+
+    @property
+    def headline(self) -> Headline:
+        """What its runs are known by."""
 
     # The model and its step
 
@@ -171,7 +174,7 @@ class Panel(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What is a task's own in the report of a run; its module has it as `PAGE`.
+    """What is a task's own in the report of a run: `page(config)` of its module, of a config.json.
 
     Attributes:
       headline: its held-out value is the number of the page.

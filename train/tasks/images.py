@@ -200,7 +200,7 @@ def _confusion(workdir: Path, summary: Mapping[str, Any]) -> str:
     )
 
 
-PAGE = Page(
+_PAGE = Page(
     headline=HEADLINE,
     form="{:.2%}".format,
     of="accuracy",
@@ -216,3 +216,7 @@ PAGE = Page(
     baselines="Against a linear classifier",
     note="Accuracy on the same images; more is better.",
 )
+
+
+def page(config: Mapping[str, Any]) -> Page:
+    return _PAGE

@@ -1,6 +1,8 @@
 """Language models on text, and on synthetic recall.
 
 loss = sum_t w_t (-log p(x_{t+1} | x_1 .. x_t)) / sum_t w_t;    bits per byte = all nats / ln 2 / bytes of the text
+
+Recall has no bytes: bits per token = loss / ln 2, and accuracy = share of the answers that are the likeliest token.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from train.step import Program, TrainState
 from train.tasks import Headline, Page, Panel, smaller_batches
 from train.workdir import read_json, write_json
 
-HEADLINE = Headline("bits_per_byte", larger_is_better=False)
+OF_TEXT = Headline("bits_per_byte", larger_is_better=False)
+OF_RECALL = Headline("accuracy", larger_is_better=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,18 @@ class TextTask:
 
     config: RunConfig
 
-    headline: ClassVar[Headline] = HEADLINE
     unit: ClassVar[str] = "tokens"
     scored: ClassVar[str] = "documents"
     rules: ClassVar[Sequence[sharding.Rule]] = sharding.RULES
     batch_spec: ClassVar[PartitionSpec] = sharding.batch_spec()
+
+    @property
+    def recall(self) -> bool:
+        return self.config.data.recall.task is not None
+
+    @property
+    def headline(self) -> Headline:
+        return OF_RECALL if self.recall else OF_TEXT
 
     def build(self, rngs: nnx.Rngs) -> LM:
         return LM(self.config.model, rngs=rngs)
@@ -71,23 +81,24 @@ class TextTask:
         """ "loss" in nats, "weight", and for recall "correct", the weight of the targets that are the likeliest."""
         loss, weight = self.loss(model, batch, jax.random.key(0))
         sums = {"loss": loss, "weight": weight}
-        if self.config.data.recall.task is not None:
+        if self.recall:
             logits, _ = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
             sums["correct"] = jnp.sum((jnp.argmax(logits, -1) == batch["targets"]) * batch["weights"])
         return sums
 
     def figures(self, sums: Mapping[str, np.ndarray], evaluated: EvalSet) -> dict[str, float]:
-        """ "bits_per_byte", the cross-entropy of all tokens over the bytes of their text (over the tokens, where they
-        stand for no text); for recall also "accuracy", the share of answers that are the likeliest token.
+        """Of text "bits_per_byte", the cross-entropy of all tokens over the bytes of their text; of recall "accuracy"
+        and "bits_per_token".
         """
-        count = sums["weight"] if evaluated.bytes is None else evaluated.bytes
-        figures = {"bits_per_byte": float(sums["loss"] / count / math.log(2))}
-        if "correct" in sums:
-            figures["accuracy"] = float(sums["correct"] / sums["weight"])
-        return figures
+        bits = float(sums["loss"]) / math.log(2)
+        if evaluated.bytes is not None:
+            return {"bits_per_byte": bits / evaluated.bytes}
+        weight = float(sums["weight"])
+        return {"accuracy": float(sums["correct"]) / weight, "bits_per_token": bits / weight}
 
     def in_training(self, loss: float, loaded: RunData) -> dict[str, float]:
-        return {"bits_per_byte": loss / math.log(2) * loaded.tokens_per_byte}
+        bits = loss / math.log(2)
+        return {"bits_per_token": bits} if self.recall else {"bits_per_byte": bits * loaded.tokens_per_byte}
 
     @property
     def units(self) -> int:
@@ -171,6 +182,8 @@ class TextTask:
         return {"baselines": compressor_baselines(loaded.training, loaded.held_out) if loaded.training else {}}
 
     def result(self, summary: Mapping[str, Any]) -> str:
+        if self.recall:
+            return f"{summary['val_accuracy']:.2%} of the held-out answers are right"
         value = summary["val_bits_per_byte"]
         return f"{math.nan if value is None else value:.3f} bits per byte on held-out data"
 
@@ -220,12 +233,16 @@ def _samples(workdir: Path, summary: Mapping[str, Any]) -> str:
     )
 
 
+def page(config: Mapping[str, Any]) -> Page:
+    return _PAGE_OF_RECALL if config.get("data", {}).get("recall", {}).get("task") else _PAGE
+
+
 def _panel(abscissa: str, caption: str) -> Panel:
     return Panel(caption, f"Bits per byte {caption}", abscissa, "bits_per_byte", "val_bits_per_byte", baselines=True)
 
 
-PAGE = Page(
-    headline=HEADLINE,
+_PAGE = Page(
+    headline=OF_TEXT,
     form="{:.3f}".format,
     of="bits per byte",
     held_out="on held-out text",
@@ -236,4 +253,16 @@ PAGE = Page(
     sections=_samples,
     baselines="Against other compressors",
     note="Bits per byte on the same text; fewer are better.",
+)
+_PAGE_OF_RECALL = _PAGE._replace(
+    headline=OF_RECALL,
+    form="{:.2%}".format,
+    of="accuracy",
+    held_out="on held-out answers",
+    training=False,
+    title="Accuracy and bits per token",
+    panels=(
+        Panel("accuracy by step", "Accuracy by step", "step", None, "val_accuracy", log=False),
+        Panel("bits per token by step", "Bits per token by step", "step", "bits_per_token", "val_bits_per_token"),
+    ),
 )
