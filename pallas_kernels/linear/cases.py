@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.derivatives import noted
 from pallas_kernels.lab import Case
 from pallas_kernels.lab.chips import CHIPS
 from pallas_kernels.linear import (
@@ -52,9 +53,13 @@ def _normalized(target: str) -> dict[str, Case]:
     steps = (BATCH, LENGTH // blocks.tokens)
     starts = jax.ShapeDtypeStruct((*steps, HEADS, WIDTH, WIDTH), f32)
     z_starts = jax.ShapeDtypeStruct((*steps, HEADS // blocks.heads, blocks.heads, WIDTH), f32)
-    residuals = (token, token, token, gates, token, divisors, (starts, z_starts), None)
+    residuals = (token, token, token, gates, token, divisors, (starts, z_starts))
     once = token.size * token.dtype.itemsize
-    forward, backward = (functools.partial(f, call, eps) for f in (normalized.attend, normalized.attend_backward))
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        return normalized.attend_backward(call, eps, (*residuals, noted(False)), cotangents)
+
+    forward = functools.partial(normalized.attend, call, eps)
     return {
         "normalized-forward": Case(forward, (token, token, token, gates, state, z), 4 * once),
         "normalized-backward": Case(backward, (residuals, (token, state, z)), 7 * once),
@@ -73,11 +78,10 @@ def _pair(target: str, name: str, entry: Any, gates: tuple[int, ...], *, packed:
         operands.append(jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS), jnp.float32))
     operands.append(jax.ShapeDtypeStruct(gates, jnp.float32))
     borders = [jax.ShapeDtypeStruct((BATCH, LENGTH // blocks.chunk, 1, blocks.chunk), jnp.float32)] * packed
-    # The slopes of a Lightning layer are not trained, gates of tokens are.
-    trained = () if len(gates) > 1 else None
 
     def backward(cotangents: Any, *residuals: Any) -> Any:
-        return entry.attend_backward(call, (*residuals, trained), cotangents)
+        # The slopes of a Lightning layer are not trained, gates of tokens are.
+        return entry.attend_backward(call, (*residuals, noted(len(gates) > 1)), cotangents)
 
     once = token.size * token.dtype.itemsize
     return {
@@ -114,7 +118,7 @@ def _gpu() -> dict[str, Case]:
         state = jax.ShapeDtypeStruct((batch, kv_heads, width, value_width), jnp.float32)
 
         def backward(cotangents: Any, *residuals: Any, call: Call = call, entry: Any = entry) -> Any:
-            return entry.attend_backward(call, (*residuals, ()), cotangents)
+            return entry.attend_backward(call, (*residuals, noted(True)), cotangents)
 
         once, twice = (x.size * x.dtype.itemsize for x in (key, query))
         values, outs = (x.size * x.dtype.itemsize for x in (value, out))
