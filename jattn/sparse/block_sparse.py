@@ -16,7 +16,9 @@ r_ts, which is 0 at a rate and 1 / (1 - rate) else; lse is that of all keys.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -256,7 +258,20 @@ def _check_score_mod(score_mod: Any, captured: Any, query: Any, sizes: dict[str,
     score = jax.ShapeDtypeStruct(shape, acc)
     where = [(shape[0], 1, 1, 1, 1), (*shape[1:3], 1, 1), (2, 1), (1, 3)]
     integers = [jax.ShapeDtypeStruct(each, jnp.arange(1).dtype) for each in where]
-    program, out = jax.make_jaxpr(lambda *args: score_mod(*args), return_shape=True)(score, *integers, *captured)
+    with contextlib.suppress(ValueError):  # some callables have no signature
+        signature = inspect.signature(score_mod)
+        try:
+            signature.bind(score, *integers, *captured)
+        except TypeError:
+            raise TypeError(
+                f"score_mod: is called as f(score, b, h, q_pos, kv_pos, *captured), here with {len(captured)} captured "
+                f"arguments; got a function of {signature}"
+            ) from None
+    try:
+        program, out = jax.make_jaxpr(lambda *args: score_mod(*args), return_shape=True)(score, *integers, *captured)
+    except Exception as error:
+        error.add_note("In score_mod, whose arguments are arrays of many places: choose by jax.numpy.where, not by if.")
+        raise
     if any(isinstance(constant, jax.core.Tracer) for constant in program.consts):
         raise TypeError(
             "score_mod: it reads a traced array of its surroundings, which would get no gradient; pass the array in "

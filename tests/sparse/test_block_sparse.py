@@ -546,6 +546,10 @@ BAD = {
     "captured numbers": ({"score_mod": lambda s, *_: s, "captured": (1.0,)}, TypeError, r"captured\[0\]: expected an"),
     "a score of other shape": ({"score_mod": lambda s, b, h, q, k: q - k}, ValueError, "score_mod: expected the new"),
     "a score that is none": ({"score_mod": lambda *_: None}, ValueError, "score_mod: expected .* got NoneType"),
+    "a function of too little": ({"score_mod": lambda s: s}, TypeError, r"score_mod: .* 0 captured .* got .*\(s\)"),
+    "a function of too much": (
+        {"score_mod": lambda s, b, h, q, k, slopes: s}, TypeError, r"score_mod: is called as f\(score, b, h, q_pos"
+    ),
     "no function": ({"score_mod": "alibi"}, TypeError, "score_mod: expected a callable"),
     "no seed": ({"dropout_rate": 0.5}, ValueError, "dropout_seed: dropout_rate = 0.5 needs one"),
     "all dropped": ({"dropout_rate": 1.0, "dropout_seed": 0}, ValueError, "dropout_rate: .* less than 1, got 1"),
@@ -581,3 +585,9 @@ def test_traced_arrays_in_functions_are_refused(transform: Any):
         transform(in_score)(np.ones(N, np.float32))
     with pytest.raises(TypeError, match=r"block_mask: it reads a traced array.*segment_ids="):
         transform(in_mask)(np.ones(T, np.float32))
+
+
+def test_what_goes_wrong_in_a_score_function_is_said_to_be_there():
+    with pytest.raises(ValueError, match="truth value") as found:
+        block_sparse_attention(*X[:3], Causal(), score_mod=lambda s, b, h, q, k: s if q > k else 2 * s)
+    assert any("In score_mod" in note and "jax.numpy.where" in note for note in found.value.__notes__)
