@@ -102,6 +102,8 @@ def as_attention_fn(op: Callable[..., Array], **fixed: Any) -> AttentionFn:
       TypeError: an option that the op does not have.
       ValueError: an option that changes what the op returns (`return_lse`, `return_state`).
     """
+    if not callable(op):
+        raise TypeError(f"op: expected an op of this library, such as jattn.dot_product_attention, got {op!r}")
     accepted = inspect.signature(op).parameters
     for keyword, option in fixed.items():
         if keyword not in accepted or keyword in ("query", "key", "value"):

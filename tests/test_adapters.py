@@ -134,3 +134,8 @@ def test_it_is_hashable_and_equal_by_value():
     assert one == two
     assert hash(one) == hash(two)
     assert one != as_attention_fn(jattn.sliding_window_attention, window=4)
+
+
+def test_an_op_is_no_name():
+    with pytest.raises(TypeError, match=r"op: expected an op .* jattn.dot_product_attention, got 'softmax'"):
+        as_attention_fn("softmax")

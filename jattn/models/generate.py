@@ -6,6 +6,7 @@ Logits pass, in this order, through temperature, top-k (Fan et al. 2018), top-p 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -81,11 +82,17 @@ def generate(
       the new tokens of each row, without the prompt.
 
     Raises:
+      TypeError: prompts that are no rows of integers.
       ValueError: an empty prompt, an id outside the vocabulary, an option outside its range.
     """
-    rows = [[int(token) for token in row] for row in np.asarray(prompts)] if hasattr(prompts, "shape") else [
-        list(map(int, row)) for row in prompts
-    ]  # fmt: skip
+    try:
+        given = np.asarray(prompts).tolist() if hasattr(prompts, "shape") else prompts
+        rows = [list(map(operator.index, row)) for row in given]
+    except TypeError:
+        raise TypeError(
+            "prompts: expected rows of token ids, one or more, such as [list(b'The ')] for a model of bytes; encode "
+            "text first"
+        ) from None
     _check_options(model, rows, max_new_tokens, temperature, top_k, top_p, min_p)
     options = (float(temperature), top_k, top_p, min_p)
     lengths = np.array([len(row) for row in rows])

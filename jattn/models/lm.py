@@ -71,6 +71,10 @@ class LMConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width"):
             checks.check_count(name, getattr(self, name))
+        if isinstance(self.pattern, str):
+            raise TypeError(
+                f"pattern: expected a tuple of mixer names, got the string {self.pattern!r}; write ({self.pattern!r},)"
+            )
         if not self.pattern:
             raise ValueError("pattern: expected at least one mixer name")
         for name in self.pattern:

@@ -42,7 +42,8 @@ def build(config: Config, *, rngs: nnx.Rngs) -> Any:
     """
     if type(config) not in _MODELS:
         names = ", ".join(kind.__name__ for kind in _MODELS)
-        raise TypeError(f"config: expected one of {names}, got {type(config).__name__}")
+        by_name = f"; VARIANTS[{config!r}] is one" if isinstance(config, str) and config in VARIANTS else ""
+        raise TypeError(f"config: expected one of {names}, got {type(config).__name__}{by_name}")
     return _MODELS[type(config)](config, rngs=rngs)
 
 

@@ -99,3 +99,9 @@ def test_filters(options, expected):
 def test_errors(model, change, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **({"prompts": [[1]], "max_new_tokens": 3} | change))
+
+
+@pytest.mark.parametrize("prompts", [["The"], list(b"The"), "The", [[1.5]], np.ones((1, 2)), None])
+def test_prompts_are_rows_of_ids(model, prompts):
+    with pytest.raises(TypeError, match=r"prompts: expected rows of token ids.*\[list\(b'The '\)\]"):
+        generate(model, prompts, max_new_tokens=3)

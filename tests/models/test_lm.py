@@ -156,6 +156,11 @@ def test_config_errors(change, message):
         dataclasses.replace(CONFIG, **change)
 
 
+def test_a_pattern_is_no_string():
+    with pytest.raises(TypeError, match=r"pattern: expected a tuple .* got the string 'kda'; write \('kda',\)"):
+        dataclasses.replace(CONFIG, pattern="kda")
+
+
 def test_input_errors(model, tokens):
     with pytest.raises(TypeError, match="tokens: expected an integer dtype, got float32"):
         model(tokens.astype(np.float32))

@@ -206,3 +206,8 @@ def test_digits_of_8_by_8_pixels_fit():
 def test_config_errors(change, message):
     with pytest.raises(ValueError, match=message):
         structure(dataclasses.replace(CONV, **change))
+
+
+def test_a_variant_is_found_by_its_name():
+    with pytest.raises(TypeError, match=r"config: expected one of .*, got str; VARIANTS\['nat_mini'\] is one"):
+        build("nat_mini", rngs=nnx.Rngs(0))
