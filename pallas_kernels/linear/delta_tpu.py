@@ -61,8 +61,6 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     step = pl.program_id(2)
     size, t = p.tiling.chunk, p.tiling
 
-    weights = walk.weights(p, gate_refs)
-
     def begin(c: int, h: int) -> tuple[jax.Array, list[jax.Array]]:
         """L, and what is multiplied with u from the left."""
         k = walk.part(p, k_ref, c, h // p.shared, p.width, step=step)
@@ -99,6 +97,8 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
         yield from walk.together(finish(c, *one) for one in zip(heads, inverses, lhs, strict=True))
 
     with walk.carried(p, carried, s0_ref, end_ref) as state:
+        # Behind the branch, which nothing passes: what these wait for is then hidden.
+        weights = walk.weights(p, gate_refs)
         # Later chunks first: what waits for the state is then last in its turn, and has the next turn to do so.
         chunks = reversed(range(t.chunks))
         units = [(c, heads) for heads, c in itertools.product(couples(t.heads), chunks)]
