@@ -11,14 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 _TPU_LEGEND = """\
-hot: bundles of the innermost region that holds the matmuls, and how much of their slots is used. step: the same for one
-grid step around it; "or": of one that takes another branch. busiest: the unit that bounds the step.
+hot: bundles of the innermost region that holds the matmuls, and how much of their slots is used; course: that share
+from the first bundle to the last. step: the same for one grid step around it; "or": of one that takes another branch.
+busiest: the unit that bounds the step.
 µs: step x steps / clock, nothing waited for (> where turns of a loop are not known). xHBM: that of the longest step
 against the least bytes at full bandwidth. moved: HBM bytes by the block specs (~: each operand and result once), and
 against the least. temporaries: HBM beside arguments and results."""
 _H100_LEGEND = """\
 wgmma, mma.sync: instructions in the PTX. moved: each operand and result once, and against the least bytes; min µs: the
 least bytes at full bandwidth. temporaries: HBM beside arguments and results."""
+_HEIGHTS = "▁▂▃▄▅▆▇█"
 _TELLING = re.compile(r"exceed|exhausted|ran out|limit|unsupported|not (?:yet )?(?:implemented|supported)", re.I)
 
 
@@ -68,7 +70,9 @@ def _verdicts(rows: list[dict[str, Any]]) -> Table:
 
 
 def _tpu(target: str, rows: list[dict[str, Any]]) -> Table:
-    table = _table("case", "kernel", "hot", "step", "busiest", "spills", "steps", "µs", "xHBM", "moved", "temporaries")
+    table = _table(
+        "case", "kernel", "hot", "course", "step", "busiest", "spills", "steps", "µs", "xHBM", "moved", "temporaries"
+    )
     table.title = target
     for row in rows:
         several = len(row["kernels"]) > 1
@@ -83,13 +87,14 @@ def _tpu(target: str, rows: list[dict[str, Any]]) -> Table:
             for bundles in sorted(others.keys() - {kernel["step_bundles"]}, reverse=True):
                 table.add_row("", "or", *_step(kernel, others[bundles]))
         if several:
-            table.add_row(row["case"], "together", *[""] * 5, _micros(row["seconds"]), *_sums(row))
+            table.add_row(row["case"], "together", *[""] * 6, _micros(row["seconds"]), *_sums(row))
     return table
 
 
 def _step(kernel: dict[str, Any], step: dict[str, Any]) -> list[str]:
     return [
         f"{step['hot_bundles']} {step['hot_matmul_percent']:3.0f}%",
+        "".join(_HEIGHTS[min(int(share / 12.5), 7)] for share in step["course"]),
         f"{step['step_bundles']} {step['step_matmul_percent']:3.0f}%",
         f"{step['busiest_unit']} {step['busiest_percent']:3.0f}%",
         str(step["step_spill_stores"]),

@@ -30,6 +30,7 @@ _BUNDLES = "packed-bundles-post-ra"
 _BEFORE = "pre-delay_hlo-static-per-bundle-utilization"
 _TWINS = "deduplication-map"
 _MATMUL = 1 + UNITS.index("MATMUL")
+_PARTS = 16
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -129,7 +130,8 @@ def figures(read: Schedule, chip: Chip) -> dict[str, Any]:
     for path in _hot(read):
         turn = next((region for region in path if region.of_grid), read.root)
         runs = _runs(read, path)
-        found.append((_step(read, chip, read.cost(turn, runs), read.cost(path[-1], runs), turn), turn))
+        step = _step(read, chip, read.cost(turn, runs), read.cost(path[-1], runs), turn)
+        found.append((step | {"course": _course(read, path[-1], runs)}, turn))
     longest, turn = max(found, key=lambda one: one[0]["step_bundles"])
     return {
         "steps": turn.trips if turn.counted else None,
@@ -158,6 +160,22 @@ def _step(read: Schedule, chip: Chip, step: np.ndarray, hot: np.ndarray, turn: R
         "hot_matmul_percent": 100 * hot[_MATMUL] / read.capacity["MATMUL"] / hot[0],
         "seconds": float(step[0]) * turn.trips / chip.clock_hz if turn.counted else None,
     }
+
+
+def _course(read: Schedule, region: Region, runs: Callable[[Region], bool]) -> list[float]:
+    """MATMUL slots in use, in percent, over equal parts of a hot region: where it waits, and for how long."""
+    ran = np.zeros(len(read.used), bool)
+
+    def mark(region: Region) -> None:
+        ran[region.first : region.last + 1] = True
+        for child in region.children:
+            ran[child.first : child.last + 1] = False
+            if runs(child):
+                mark(child)
+
+    mark(region)
+    parts = np.array_split(read.used[ran][:, _MATMUL], min(_PARTS, int(ran.sum())))
+    return [float(100 * part.mean() / read.capacity["MATMUL"]) for part in parts]
 
 
 def _runs(read: Schedule, path: list[Region]) -> Callable[[Region], bool]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -61,6 +62,11 @@ def test_a_step_leaves_out_what_only_the_first_one_runs():
     assert found["units"]["MATMUL"] == found["step_matmul_percent"]
     assert found["busiest_percent"] == found["units"][found["busiest_unit"]] == max(found["units"].values())
     assert [region["hot_bundles"] for region in found["hot_regions"]] == [10, 9]
+    # A part is a bundle here.
+    for region in found["hot_regions"]:
+        assert len(region["course"]) == region["hot_bundles"]
+        assert np.mean(region["course"]) == pytest.approx(region["hot_matmul_percent"])
+    assert [sum(share > 0 for share in region["course"]) for region in found["hot_regions"]] == [2, 2]
     assert found["seconds"] == pytest.approx(3 * found["step_bundles"] / 1.5e9)
     assert found["complete"]
 
