@@ -91,6 +91,11 @@ def test_grouped_heads(blocks):
     assert_near(both(*operands(1, 37, 6, 2, 5, 3, constant=False), blocks=blocks), 1e-5)
 
 
+def test_queries_wait_for_the_states_that_a_long_step_makes_again():
+    blocks = Tiling(chunk=8, chunks=8, heads=2, lag=2)
+    assert_near(both(*operands(1, 70, 2, 2, 5, 3), blocks=blocks), 1e-5)
+
+
 def test_the_cut_that_is_chosen():
     assert_near(both(*operands(2, 131, 1, 1, 5, 7)), 1e-5)
 
