@@ -25,7 +25,9 @@ in every step with such a token, at twice the time: so kernels are told where se
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import gates, walk
+from pallas_kernels.linear.tiling import Tiling
 from pallas_kernels.linear.walk import Problem, dot, every_second, with_gaps
 
 SUBLANES = 8
@@ -146,9 +149,9 @@ class Way:
         self._packings = dict[int, tuple[Any, Packing]]()
 
     @property
-    def together(self) -> bool:
-        """Whether chunks are worked side by side, for which all halvings would be too much code."""
-        return self.halvings <= SPLITS
+    def together(self) -> int | None:
+        """How many chunks are worked side by side; all, unless that would be too much code."""
+        return None if self.halvings <= SPLITS else 2
 
     def decays(self, c: Any, sums: Sums) -> Decays:
         """Of chunk `c`, from the sums of its gates."""
@@ -190,30 +193,59 @@ class Way:
         return x if (packing := self._packing(c)) is None else packing.written(x)
 
 
-def by_strength(p: Problem, gate_ref: Any, borders_ref: Any, step: Any, work: Callable[[Way], None]) -> None:
-    """Does `work` in the way of the strongest decay in the grid step: see `Way`."""
+def by_strength(
+    p: Problem, gate_ref: Any, borders_ref: Any, step: Any, work: Callable[[Way], None], *, sums_ref: Any = None
+) -> None:
+    """Does `work` in the way of the strongest decay in the grid step: see `Way`.
 
-    def least(rows: int) -> jax.Array:
-        """Over any so many rows of any channel."""
-        sums = []
-        for c in range(p.tiling.chunks):
-            for h in range(p.tiling.heads):
-                gate = walk.part(p, gate_ref, c, h, p.width, step=step)
-                sums += [jnp.sum(gate[i : i + rows], axis=0, keepdims=True) for i in range(0, p.tiling.chunk, rows)]
-        return jnp.min(functools.reduce(jnp.minimum, sums))
+    Args:
+      sums_ref: where all of `gate_sums` is put first. Without it gates are added up for this alone, which is right
+        where the sums would fill slots that are idle: where products wait for each other.
+    """
+    chunk, least = p.tiling.chunk, _least_of_gates(p, gate_ref, step)
+    if sums_ref is not None:
+        keep_all_sums(p, gate_ref, sums_ref, step)
+        least = _least_of_sums(p, sums_ref)
 
-    def unless(moderate: jax.Array, work: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    def unless(rows: int, work: Callable[[], None], otherwise: Callable[[], None]) -> None:
+        moderate = least(rows) >= -gates.MODERATE
         pl.when(moderate)(work)
         pl.when(jnp.logical_not(moderate))(otherwise)
 
-    half = p.tiling.chunk // 2
-
     def strong() -> None:
-        moderate = least(half >> SPLITS) >= -gates.MODERATE
-        splits, all_pairs = (Way(p, n, borders_ref) for n in (SPLITS, p.tiling.chunk.bit_length() - 1))
-        unless(moderate, lambda: work(splits), lambda: work(all_pairs))
+        splits, all_pairs = (Way(p, n, borders_ref) for n in (SPLITS, chunk.bit_length() - 1))
+        unless(chunk >> (SPLITS + 1), lambda: work(splits), lambda: work(all_pairs))
 
-    unless(least(half) >= -gates.MODERATE, lambda: work(Way(p, 0, borders_ref)), strong)
+    unless(chunk // 2, lambda: work(Way(p, 0, borders_ref)), strong)
+
+
+def _least_of_gates(p: Problem, gate_ref: Any, step: Any) -> Callable[[int], jax.Array]:
+    """Of the sums over so many rows, in any channel."""
+
+    def least(rows: int) -> jax.Array:
+        sums = []
+        for c, h in itertools.product(range(p.tiling.chunks), range(p.tiling.heads)):
+            gate = walk.part(p, gate_ref, c, h, p.width, step=step)
+            sums += [jnp.sum(gate[i : i + rows], axis=0, keepdims=True) for i in range(0, p.tiling.chunk, rows)]
+        return jnp.min(functools.reduce(jnp.minimum, sums))
+
+    return least
+
+
+def _least_of_sums(p: Problem, sums_ref: Any) -> Callable[[int], jax.Array]:
+    """The same, from what `keep_all_sums` has put there."""
+    size, parts = p.tiling.chunk, range(gates.parts(p.dtype))
+
+    def least(rows: int) -> jax.Array:
+        sums = []
+        for c in range(p.tiling.chunks):
+            begin = [-sums_ref[c, i, size : size + 1] for i in parts]
+            ends = [[sums_ref[c, i, r - 1 : r] for i in parts] for r in range(rows, size + 1, rows)]
+            # Part by part, which is exact.
+            sums += [_total(map(operator.sub, *pair)) for pair in zip(ends, [begin, *ends[:-1]], strict=True)]
+        return jnp.min(functools.reduce(jnp.minimum, sums)) * gates.unit(p.dtype)
+
+    return least
 
 
 def gate_refs(p: Problem, refs: Sequence[Any]) -> tuple[Any, Any, Sequence[Any]]:
@@ -251,21 +283,30 @@ def gate_sums(p: Problem, gate: jax.Array) -> Sums:
     return Sums(since, [x[:1] - s[:1] for x, s in zip(parts, since, strict=True)])
 
 
-def scratch_of_sums(p: Problem) -> Any:
+def scratch_of_sums(p: Problem, t: Tiling) -> Any:
     """Where `keep_sums` puts those of a step."""
-    t = p.tiling
-    return pltpu.VMEM((t.chunks, t.heads, gates.parts(p.dtype), t.chunk + SUBLANES, p.width), jnp.float32)
+    return pltpu.VMEM((t.chunks, gates.parts(p.dtype), t.chunk + SUBLANES, t.heads * p.width), jnp.float32)
 
 
-def keep_sums(ref: Any, c: Any, h: int, sums: Sums) -> None:
+def keep_sums(p: Problem, ref: Any, c: Any, first: int, sums: Sums) -> None:
+    """Those of chunk `c`, of as many heads from the `first` on as there are."""
+    size, start = p.tiling.chunk, first * p.width
+    lanes = slice(start, start + sums.middle[0].shape[1])
     for i, (since, middle) in enumerate(zip(*sums, strict=True)):
-        ref[c, h, i, : since.shape[0]] = since
-        ref[c, h, i, since.shape[0] : since.shape[0] + 1] = middle
+        ref[c, i, :size, lanes] = since
+        ref[c, i, size : size + 1, lanes] = middle
+
+
+def keep_all_sums(p: Problem, gate_ref: Any, sums_ref: Any, step: Any) -> None:
+    """Those of a step: of all heads of a chunk in one product, for it has one left side."""
+    for c in range(p.tiling.chunks):
+        gate = walk.part(p, gate_ref, c, 0, p.tiling.heads * p.width, step=step)
+        keep_sums(p, sums_ref, c, 0, gate_sums(p, gate))
 
 
 def kept_sums(p: Problem, ref: Any, c: Any, h: int) -> Sums:
-    size, parts = p.tiling.chunk, range(gates.parts(p.dtype))
-    return Sums([ref[c, h, i, :size] for i in parts], [ref[c, h, i, size : size + 1] for i in parts])
+    size, parts, lanes = p.tiling.chunk, range(gates.parts(p.dtype)), slice(h * p.width, (h + 1) * p.width)
+    return Sums([ref[c, i, :size, lanes] for i in parts], [ref[c, i, size : size + 1, lanes] for i in parts])
 
 
 def _running_sum(x: jax.Array) -> jax.Array:
@@ -324,5 +365,9 @@ def _diagonal(p: Problem) -> jax.Array:
     return walk.iota(shape, 0) == walk.iota(shape, 1)
 
 
-def _exp(p: Problem, parts: Sequence[jax.Array]) -> jax.Array:
-    return gates.exponential(p.dtype)(functools.reduce(jnp.add, parts))
+def _total(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
+
+
+def _exp(p: Problem, parts: Iterable[jax.Array]) -> jax.Array:
+    return gates.exponential(p.dtype)(_total(parts))

@@ -130,7 +130,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
 
     def prepare(way: Way, c: Any, h: int) -> Iterator[None]:
         sums = decays.gate_sums(p, part(gate_ref, c, h, p.width))
-        decays.keep_sums(sums_ref, c, h, sums)
+        decays.keep_sums(p, sums_ref, c, h, sums)
         yield
         d, k = way.decays(c, sums), part(k_ref, c, h // p.shared, p.width)
         queries = [part(q_ref, c, n, p.width) for n in p.queries(h)]
@@ -319,7 +319,7 @@ def backward(
     ]
     square = (t.chunk, t.chunk)
     scratch = [
-        decays.scratch_of_sums(p),
+        decays.scratch_of_sums(p, p.tiling),
         pltpu.VMEM((*units, p.value_width, p.width), p.dtype),
         pltpu.VMEM((*units, *square), p.dtype),
         pltpu.VMEM((*units, p.group, *square), p.dtype),

@@ -29,11 +29,14 @@ from pallas_kernels.linear import walk
 from pallas_kernels.linear.channel_decays import Way, plus, times, turned
 from pallas_kernels.linear.walk import Problem, dot
 
+DELAY = 3
+"""Turns between a chunk and the next, so that decays of one are made beside products of another."""
+
 
 def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     """Writes the state before every `keep` chunks, unless `keep` is 0."""
     q_ref, k_ref, v_ref, *rest = refs
-    gate_ref, borders_ref, (s0_ref, *outs, state) = decays.gate_refs(p, rest)
+    gate_ref, borders_ref, (s0_ref, *outs, sums_ref, state) = decays.gate_refs(p, rest)
     o_ref, end_ref = outs[:2]
     step, heads = pl.program_id(2), range(p.tiling.heads)
     part = functools.partial(walk.part, p, step=step)
@@ -41,9 +44,7 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
     def turn(way: Way, c: Any, h: int) -> Iterator[None]:
         k, v = part(k_ref, c, h, p.width), part(v_ref, c, h, p.value_width)
         queries = [walk.part(p, q_ref, c, n, p.width) for n in p.queries(h)]
-        sums = decays.gate_sums(p, part(gate_ref, c, h, p.width))
-        yield
-        d = way.decays(c, sums)
+        d = way.decays(c, decays.kept_sums(p, sums_ref, c, h))
         yield
         scores = [jnp.float32(0) if d.is_one else decays.own_scores(p, q, k) for q in queries]
         for level in d.levels():
@@ -52,6 +53,8 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
                 late = level.decayed_late(q)
                 scores[r] = jnp.where(level.pairs, level.back(dot(late, early, (1, 1)), late=True), scores[r])
             yield
+        if keep and h == 0:
+            walk.keep(outs[2], state, c, keep)
         entered = times(d.enter, state[h])
         for r, n in enumerate(p.outputs(h)):
             read = way.reads(c, queries[r] * d.read).astype(p.dtype)
@@ -65,15 +68,13 @@ def _forward_kernel(p: Problem, keep: int, *refs: Any) -> None:
 
     def work(way: Way) -> None:
         def chunks(together: Sequence[Any]) -> None:
-            for c in together:
-                if keep:
-                    walk.keep(outs[2], state, c, keep)
-                walk.lockstep(turn(way, c, h) for h in heads)
+            units = [(i, c, h) for i, c in enumerate(together) for h in heads]
+            walk.lockstep(walk.delayed(turn(way, c, h), i * DELAY) for i, c, h in units)
 
         walk.chunks(p, chunks, together=way.together)
 
     with walk.carried(p, state, s0_ref, end_ref):
-        decays.by_strength(p, gate_ref, borders_ref, step, work)
+        decays.by_strength(p, gate_ref, borders_ref, step, work, sums_ref=sums_ref)
 
 
 def _backward_kernel(p: Problem, *refs: Any) -> None:
@@ -84,9 +85,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
     part, heads = functools.partial(walk.part, p, step=step), range(t.heads)
 
     def again(way: Way, c: Any, h: int) -> Iterator[None]:
-        sums = decays.gate_sums(p, part(gate_ref, c, h, p.width))
-        decays.keep_sums(sums_ref, c, h, sums)
-        d = way.decays(c, sums)
+        d = way.decays(c, decays.kept_sums(p, sums_ref, c, h))
         yield
         write = way.writes(c, part(k_ref, c, h, p.width) * d.write).astype(p.dtype)
         written = dot(part(v_ref, c, h, p.value_width), write, (0, 0))
@@ -155,7 +154,7 @@ def _backward_kernel(p: Problem, *refs: Any) -> None:
 
     states[0] = start_ref[0, 0]
     with walk.carried(p, gradient, dend_ref, d0_ref):
-        decays.by_strength(p, gate_ref, borders_ref, step, work)
+        decays.by_strength(p, gate_ref, borders_ref, step, work, sums_ref=sums_ref)
 
 
 def forward(
@@ -175,7 +174,10 @@ def forward(
     operands = [("query", query), ("key", key), ("value", value), *zip(("key", "borders"), gate, strict=False)]
     operands.append(("state", turned(state)))
     name = "channel_linear_attention_forward"
-    (out, end), kept = walk.forward(p, _forward_kernel, name, macs, operands, keep=keep, out_dtype=out_dtype)
+    scratch = [decays.scratch_of_sums(p, p.tiling.forward)]
+    (out, end), kept = walk.forward(
+        p, _forward_kernel, name, macs, operands, keep=keep, out_dtype=out_dtype, scratch=scratch
+    )
     return out, turned(end), kept[0] if keep else None
 
 
@@ -198,7 +200,7 @@ def backward(
     name = "channel_linear_attention_backward"
     units = (p.tiling.chunks, p.tiling.heads)
     scratch = [
-        decays.scratch_of_sums(p),
+        decays.scratch_of_sums(p, p.tiling),
         pltpu.VMEM((*units, p.value_width, p.width), p.dtype),
     ]
     p = dataclasses.replace(p, turned=True, packed=len(gate) > 1)

@@ -59,6 +59,11 @@ def split(gate: Array, dtype: Any) -> list[Array]:
     return [coarse, gate - coarse]
 
 
+def unit(dtype: Any) -> float:
+    """What 1 in the logarithms of b is in natural ones."""
+    return math.log(2) if parts(dtype) == 1 else 1.0
+
+
 def exponential(dtype: Any) -> Callable[[Array], Array]:
     """exp of differences of `sums`. Chips have powers of 2, but the factor between logarithms spoils exact sums."""
     return jnp.exp if parts(dtype) == 2 else jnp.exp2

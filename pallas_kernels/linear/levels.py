@@ -14,7 +14,6 @@ them. A program tells that of its chunk and channels, so that a border between p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -114,9 +113,7 @@ def over[Found](
 ) -> Found:
     """`turn` upon `turn` for every level of some channels: one if their decay is moderate, or log2 C."""
     size, exp = p.blocks.chunk, gates.exponential(p.dtype)
-    width, half, limit = sums[0].shape[1], size // 2, -gates.MODERATE
-    if gates.parts(p.dtype) == 1:
-        limit *= math.log2(math.e)
+    width, half, limit = sums[0].shape[1], size // 2, -gates.MODERATE / gates.unit(p.dtype)
     until_middle = row_of(p, ref, chunk, first, width, half - 1)
     since_middle = [x - y for x, y in zip(last_of(p, ref, chunk, first, width), until_middle, strict=True)]
     least = jnp.minimum(programs.total(until_middle), programs.total(since_middle))

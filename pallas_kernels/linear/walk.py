@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -243,17 +244,24 @@ def delayed(stream: Iterator[None], turns: int) -> Iterator[None]:
     yield from stream
 
 
-def chunks(p: Problem, work: Callable[[Sequence[Any]], None], *, together: bool, backward: bool = False) -> None:
-    """Does `work` with the numbers of a step's chunks in their order: all `together`, or one by one in a loop.
+def chunks(
+    p: Problem, work: Callable[[Sequence[Any]], None], *, together: int | None = None, backward: bool = False
+) -> None:
+    """Does `work` with the numbers of a step's chunks in their order: all of them, or so many a turn of a loop.
 
-    A loop is less code, and chunks in it do not hide what the others wait for.
+    A loop is less code, and what one of its turns waits for no other hides.
     """
     count = p.tiling.chunks
-    if together or count == 1:
-        order = range(count)
-        work(order[::-1] if backward else order)
+    together = math.gcd(count, together or count)
+
+    def turn(i: Any, _: None) -> None:
+        order = [i * together + j for j in range(together)]
+        work([count - 1 - c for c in order] if backward else order)
+
+    if together == count:
+        turn(0, None)
     else:
-        jax.lax.fori_loop(0, count, lambda i, _: work([count - 1 - i if backward else i]), None)
+        jax.lax.fori_loop(0, count // together, turn, None)
 
 
 def specs(p: Problem, *, starts: int, backward: bool = False) -> dict[str, pl.BlockSpec]:
@@ -298,7 +306,15 @@ def gate_names(p: Problem) -> tuple[str, ...]:
 
 
 def forward(
-    p: Problem, kernel: Any, name: str, macs: int, operands: Sequence[Operand], *, keep: bool, out_dtype: Any
+    p: Problem,
+    kernel: Any,
+    name: str,
+    macs: int,
+    operands: Sequence[Operand],
+    *,
+    keep: bool,
+    out_dtype: Any,
+    scratch: Sequence[Any] = (),
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """The results: outputs `[B, T, heads * V]` and the state after the last token; if divided, z and the divisors too.
 
@@ -308,6 +324,7 @@ def forward(
       kernel: of the problem, how many chunks lie between states that are kept (0: none is), and the references.
       macs: multiplications of a token and state.
       operands: the query first.
+      scratch: the kernel's last references are these and what is carried.
     """
     every, times, query = p.tiling.chunks if keep else 0, p.tiling.times, operands[0][1]
     p = dataclasses.replace(p, tiling=p.tiling.forward)
@@ -329,7 +346,7 @@ def forward(
         carried.append(pltpu.VMEM((t.heads, p.width), jnp.float32))
     wanted = [*results, *(kept if keep else [])]
     kernel = functools.partial(kernel, p, every)
-    found = _call(p, kernel, name, macs, operands, wanted, carried, specs(p, starts=times))
+    found = _call(p, kernel, name, macs, operands, wanted, [*scratch, *carried], specs(p, starts=times))
     return found[: len(results)], found[len(results) :]
 
 

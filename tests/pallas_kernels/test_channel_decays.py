@@ -95,14 +95,16 @@ def kernel(op, way=None, blocks=BLOCKS):
     """Outputs and every gradient; with `way`, every step that way whatever its gates."""
     by_strength = channel_decays.by_strength
 
-    def watched(p, gate_ref, borders_ref, step, work):
+    def watched(p, gate_ref, borders_ref, step, work, *, sums_ref=None):
         def told(taken):
             jax.debug.callback(lambda step: TAKEN.append((int(step), taken.halvings)), step)
             work(taken)
 
         if way is None:
-            by_strength(p, gate_ref, borders_ref, step, told)
+            by_strength(p, gate_ref, borders_ref, step, told, sums_ref=sums_ref)
         else:
+            if sums_ref is not None:
+                channel_decays.keep_all_sums(p, gate_ref, sums_ref, step)
             told(channel_decays.Way(p, way, borders_ref))
 
     def both(arguments, cotangents, segment_ids):
@@ -216,6 +218,16 @@ def test_a_split_at_its_limit(op):
     arguments[3] = jnp.zeros_like(arguments[3]).at[:, 1::16, :, 4].set(-LIMIT).at[:, 8::16, :, 4].set(-LIMIT)
     assert_near(pairs(kernel(op, blocks=ONE_CHUNK), arguments, cotangents), 1e-5)
     assert {taken for _, taken in TAKEN} == {SPLIT}
+
+
+@each_op
+@pytest.mark.parametrize("chunks", [3, 4])
+def test_chunks_in_a_loop(op, chunks):
+    """One by one, and two by two."""
+    arguments, cotangents = operands(op)
+    arguments[3] = GATES["strong"][0]
+    assert_near(pairs(kernel(op, blocks=dataclasses.replace(BLOCKS, chunks=chunks)), arguments, cotangents), 1e-5)
+    assert {taken for _, taken in TAKEN} == {STRONG}
 
 
 @each_way
