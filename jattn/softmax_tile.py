@@ -149,13 +149,16 @@ def gradients(tile: Tile, shift: Array, delta: Array, d_out: Array, score: Score
     if tile.modify is not None:
         x, pull_back = jax.vjp(tile.modify, x, tile.parameters)
     z = _capped(x, score)
-    p = jnp.exp(z - shift[..., None])
+    shifted = z - shift[..., None]
+    if tile.allowed is not None:  # before exp: elsewhere it may be infinite, and 0 times that is a derivative of NaN
+        shifted = jnp.where(tile.allowed, shifted, -jnp.inf)
+    p = jnp.exp(shifted)
     d_p = _dot("...gtv,...sv->...gts", d_out, tile.value)
     dy = p * ((d_p if tile.keep is None else d_p * tile.keep) - delta[..., None])
     if score.soft_cap is not None:
         dy = dy * (1 - (z / score.soft_cap) ** 2)
     if tile.allowed is not None:
-        p, dy = jnp.where(tile.allowed, p, 0), jnp.where(tile.allowed, dy, 0)
+        dy = jnp.where(tile.allowed, dy, 0)
     if tile.modify is not None:
         dy, d_parameters = pull_back(dy)
         if tile.allowed is not None:  # elsewhere the caller's derivative may be anything

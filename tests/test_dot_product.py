@@ -380,6 +380,23 @@ def test_logits_beyond_the_range_of_exp(implementation: str):
     np.testing.assert_allclose(lse, z.max(-1), rtol=1e-5)
 
 
+def test_second_derivatives_where_masked_logits_are_beyond_the_range_of_exp():
+    """Masked logits are far above the log-sum-exp of those that are seen: exp of the difference is infinite."""
+
+    def second(implementation: str) -> Any:
+        def loss(query: Any) -> Any:
+            out, _ = SMALL_BLOCKS[implementation](x._replace(query=query), mask=Causal(), score=Score(1e3, None))
+            return jnp.sum(jnp.sin(out))
+
+        return quick_jit(jax.grad(lambda query: jnp.sum(jnp.sin(jax.grad(loss)(query)))))(x.query)
+
+    with jax.enable_x64(True):
+        x = operands()
+        wanted = second("reference")
+        assert np.abs(wanted).max() > 1
+        np.testing.assert_allclose(second("xla"), wanted, rtol=1e-9, atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_scale_of_zero_is_a_scale(implementation: str):
     x = operands(np.float32)
