@@ -139,16 +139,15 @@ def dense_attention(
         z = z + per_pair(x.bias).astype(acc)
     batch_pos, head = jnp.arange(batch).reshape(-1, 1, 1, 1, 1), jnp.arange(heads).reshape(*grouped, 1, 1)
     where = batch_pos, head, jnp.arange(q_len)[:, None], jnp.arange(kv_len)[None, :]
-    if score_mod is not None:
-        z = score_mod(z, *where, *(x.captured or ())).astype(acc)
-    if score.soft_cap is not None:
-        z = score.soft_cap * jnp.tanh(z / score.soft_cap)
-
     allowed = mask.elem(*where[2:], head)
     if x.mask is not None:
         allowed = allowed & per_pair(x.mask)
     if x.q_segments is not None and x.kv_segments is not None:
         allowed = allowed & (x.q_segments[:, :, None] == x.kv_segments[:, None, :])[:, None, None]
+    if score_mod is not None:  # elsewhere the caller's derivative may be anything, and is not handed on
+        z = score_mod(jnp.where(allowed, z, 0), *where, *(x.captured or ())).astype(acc)
+    if score.soft_cap is not None:
+        z = score.soft_cap * jnp.tanh(z / score.soft_cap)
     z = jnp.where(allowed, z, -jnp.inf)
 
     m = jnp.max(z, axis=-1)

@@ -345,7 +345,8 @@ def test_short_lengths(implementation: str, q_len: int, kv_len: int):
 # Score functions
 
 
-def test_a_score_function_may_mask_and_be_wild_where_masked():
+@every_implementation
+def test_a_score_function_may_mask_and_be_wild_where_masked(implementation: str):
     def mod(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any) -> Any:
         return jnp.where((q_pos + kv_pos) % 3 == 0, -jnp.inf, score * jnp.sqrt(q_pos - kv_pos + 0.0))  # NaN above
 
@@ -364,7 +365,8 @@ def test_a_score_function_may_mask_and_be_wild_where_masked():
             return jnp.einsum("bnts,bsnv->btnv", p, jnp.repeat(x.value, 2, 2)), jnp.moveaxis(lse, 1, 2)
 
         def run(x: Inputs) -> Any:
-            return block_sparse_attention(*x[:3], Causal(), score_mod=mod, return_lse=True, implementation="xla")
+            options: Any = {"score_mod": mod, "return_lse": True, "implementation": implementation}
+            return block_sparse_attention(*x[:3], Causal(), **options)
 
         assert_close(derivatives(run)(x), derivatives(wanted)(x))
 
