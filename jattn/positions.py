@@ -6,7 +6,7 @@ Channel pair i of a head is turned by the angle m * w_i at position m, w_i = the
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, Int
 from jattn import checks
 
 
-def rotary_frequencies(rotary_dim: int, *, theta: float = 10_000.0) -> Float[Array, " half"]:
-    """The `rotary_dim / 2` angular frequencies theta ** (-2 i / rotary_dim), radians per position, float32."""
+def rotary_frequencies(rotary_dim: int, *, theta: float = 10_000.0, dtype: Any = jnp.float32) -> Float[Array, " half"]:
+    """The `rotary_dim / 2` angular frequencies theta ** (-2 i / rotary_dim), radians per position."""
     if checks.check_count("rotary_dim", rotary_dim, minimum=2) % 2:
         raise ValueError(f"rotary_dim: expected an even number, got {rotary_dim}")
     if theta <= 0:
         raise ValueError(f"theta: expected a positive number, got {theta}")
-    return theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    return theta ** (-jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
 
 
 def apply_rotary(
@@ -57,7 +57,7 @@ def apply_rotary(
     if dim > sizes["H"]:
         raise ValueError(f"rotary_dim: expected at most the head dim {sizes['H']}, got {dim}")
     dtype = checks.accumulator_dtype(x.dtype)
-    angles = positions[..., None, None].astype(dtype) * rotary_frequencies(dim, theta=theta).astype(dtype)
+    angles = positions[..., None, None].astype(dtype) * rotary_frequencies(dim, theta=theta, dtype=dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     turning, rest = x[..., :dim], x[..., dim:]
     if layout == "half":

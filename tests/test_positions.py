@@ -1,5 +1,6 @@
 """Rotary positions against complex multiplication, and the property that gives them their use."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +24,14 @@ def test_is_a_complex_rotation(layout):
     x, positions = rng.normal(size=(2, 7, 3, 10)), rng.integers(0, 97, (2, 7))
     out = apply_rotary(jnp.asarray(x, jnp.float32), jnp.asarray(positions), theta=500.0, layout=layout)
     np.testing.assert_allclose(out, rotate(x, positions, 500.0, layout), atol=2e-5)
+
+
+def test_float64_is_float64_far_from_the_start():
+    rng = np.random.default_rng(4)
+    x, positions = rng.normal(size=(2, 7, 3, 10)), rng.integers(0, 10**6, (2, 7))
+    with jax.enable_x64(True):
+        out = apply_rotary(jnp.asarray(x), jnp.asarray(positions))
+    np.testing.assert_allclose(out, rotate(x, positions, 10_000.0, "half"), atol=1e-9)
 
 
 def test_products_depend_on_the_distance_only():
