@@ -80,14 +80,18 @@ def apply_rotary_axes(
       theta: base of the wavelengths, of every axis.
 
     Raises:
-      ValueError: H does not divide into pairs of channels for each axis, or as `apply_rotary`.
-      TypeError: as `apply_rotary`.
+      ValueError: shapes disagree, or H does not divide into pairs of channels for each axis.
+      TypeError: `x` is not floating or `places` not integer.
     """
-    axes = places.shape[-1]
-    if x.shape[-1] % (2 * axes):
+    sizes = checks.bind_shapes(("x", x, "B T N H"), ("places", places, "rows T A"))
+    checks.check_integer(places=places)
+    checks.check_no_empty(sizes, "A")
+    axes = sizes["A"]
+    checks.check_broadcastable("places", places, (sizes["B"], sizes["T"], axes), "B T A")
+    if sizes["H"] % (2 * axes):
         raise ValueError(
             f"x: each of {axes} axes turns pairs of channels, so a head dim that is a multiple of {2 * axes} is "
-            f"needed, got {x.shape[-1]}"
+            f"needed, got {sizes['H']}"
         )
     shares = enumerate(jnp.split(x, axes, axis=-1))
     return jnp.concatenate([apply_rotary(share, places[..., i], theta=theta) for i, share in shares], axis=-1)

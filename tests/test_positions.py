@@ -78,3 +78,19 @@ def test_errors(change, message):
     arguments = {"x": jnp.ones((1, 3, 2, 6)), "positions": jnp.zeros((1, 3), int)} | change
     with pytest.raises(ValueError, match=message):
         apply_rotary(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("places", "error", "message"),
+    [
+        (jnp.zeros((3, 2), int), ValueError, "places: expected 3 dimensions"),
+        (jnp.zeros((1, 4, 2), int), ValueError, "places: expected .* with T = 3 as in x"),
+        (jnp.zeros((3, 3, 2), int), ValueError, "places: expected .B, T, A. = .2, 3, 2."),
+        (jnp.zeros((1, 3, 0), int), ValueError, "dimension A is 0"),
+        (jnp.zeros((1, 3, 2)), TypeError, "places: expected an integer dtype, got float32"),
+        ([[[0, 1]]], TypeError, "places: expected an array, got list"),
+    ],
+)
+def test_errors_of_places(places, error, message):
+    with pytest.raises(error, match=message):
+        apply_rotary_axes(jnp.ones((2, 3, 2, 8)), places)
