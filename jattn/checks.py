@@ -116,12 +116,14 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f"{name}: expected a static True or False, got {type(value).__name__}")
 
 
-def check_count(name: str, value: Any, *, minimum: int = 1) -> int:
-    """`value` is a Python or NumPy integer of at least `minimum` (booleans and tracers are refused)."""
+def check_count(name: str, value: Any, *, minimum: int = 1, maximum: int | None = None) -> int:
+    """`value` is a Python or NumPy integer of at least `minimum`, at most `maximum` (no booleans, no tracers)."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected a static integer, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}: expected at most {maximum}, got {value}")
     return int(value)
 
 

@@ -33,6 +33,8 @@ from jattn.mask_picture import picture, svg
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 _FAR = 2**62  # beyond every position
+FARTHEST = 2**30
+"""The largest number that a mask may have: positions are integers of 32 bits, and so is their sum with it."""
 
 
 class Interval(NamedTuple):
@@ -162,7 +164,7 @@ class Causal(Mask):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        check_count("offset", self.offset, minimum=-(2**31))
+        _check("offset", self.offset, minimum=-(2**31))
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
         return kv_pos <= q_pos + self.offset
@@ -186,8 +188,8 @@ class SlidingWindow(Mask):
     right: int = 0
 
     def __post_init__(self) -> None:
-        check_count("left", self.left, minimum=0)
-        check_count("right", self.right, minimum=0)
+        _check("left", self.left, minimum=0)
+        _check("right", self.right, minimum=0)
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
         return (kv_pos >= q_pos - self.left) & (kv_pos <= q_pos + self.right)
@@ -214,7 +216,7 @@ class Sink(Mask):
     n: int
 
     def __post_init__(self) -> None:
-        check_count("n", self.n, minimum=0)
+        _check("n", self.n, minimum=0)
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
         return kv_pos < self.n + 0 * q_pos  # the product gives it the shape of both
@@ -236,7 +238,7 @@ class Chunked(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        check_count("size", self.size)
+        _check("size", self.size)
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
         return q_pos // self.size == kv_pos // self.size
@@ -259,8 +261,8 @@ class Stride(Mask):
     phase: int = 0
 
     def __post_init__(self) -> None:
-        check_count("k", self.k)
-        if check_count("phase", self.phase, minimum=0) >= self.k:
+        _check("k", self.k)
+        if _check("phase", self.phase, minimum=0) >= self.k:
             raise ValueError(f"phase: expected less than k = {self.k}, got {self.phase}")
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
@@ -285,8 +287,8 @@ class PowerOfTwo(Mask):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        check_count("block", self.block)
-        check_count("offset", self.offset, minimum=-(2**31))
+        _check("block", self.block)
+        _check("offset", self.offset, minimum=-(2**31))
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
         distance = (q_pos + self.offset) // self.block - kv_pos // self.block
@@ -315,9 +317,9 @@ class NearBlocks(Mask):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        check_count("block", self.block)
-        check_count("count", self.count)
-        check_count("offset", self.offset, minimum=-(2**31))
+        _check("block", self.block)
+        _check("count", self.count)
+        _check("offset", self.offset, minimum=-(2**31))
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
         distance = (q_pos + self.offset) // self.block - kv_pos // self.block
@@ -473,6 +475,10 @@ def _work_list(kinds: np.ndarray) -> WorkList:
     listed[~listed.any(axis=1), 0] = True
     row, col = np.nonzero(listed)
     return WorkList(row.astype(np.int32), col.astype(np.int32), kinds[row, col])
+
+
+def _check(name: str, value: Any, *, minimum: int = 1) -> int:
+    return check_count(name, value, minimum=minimum, maximum=FARTHEST)
 
 
 def _bounds(length_name: str, length: int, block_name: str, block: int) -> tuple[np.ndarray, np.ndarray]:

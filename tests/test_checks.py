@@ -52,6 +52,7 @@ def test_bind_shapes_errors(specs, error, message):
             "mode: expected one of 'slow', got 'fast'",
         ),
         (lambda: checks.check_count("window", 0), ValueError, "window: expected at least 1, got 0"),
+        (lambda: checks.check_count("window", 5, maximum=4), ValueError, "window: expected at most 4, got 5"),
         (lambda: checks.check_count("window", True), TypeError, "window: expected a static integer, got bool"),
         (lambda: checks.check_count("window", 2.0), TypeError, "window: expected a static integer, got float"),
         (lambda: checks.check_causal_lengths(3, 5), ValueError, r"mask=Causal\(\).*mask=Causal\(offset=2\)"),

@@ -263,6 +263,8 @@ def test_an_equal_mask_is_no_new_compilation():
     [
         (lambda: SlidingWindow(-1), ValueError, "left: expected at least 0, got -1"),
         (lambda: SlidingWindow(2, -3), ValueError, "right: expected at least 0, got -3"),
+        (lambda: SlidingWindow(2, 2**31 - 1), ValueError, f"right: expected at most {2**30}, got {2**31 - 1}"),
+        (lambda: Causal(2**31 - 1), ValueError, f"offset: expected at most {2**30}"),
         (lambda: SlidingWindow(2.0), TypeError, "left: expected a static integer, got float"),
         (lambda: Causal(offset=True), TypeError, "offset: expected a static integer"),
         (lambda: Sink(-1), ValueError, "n: expected at least 0"),

@@ -42,7 +42,7 @@ from jattn.dot_product import (
     varying_alike,
 )
 from jattn.fused import check_fused_softmax, fused_softmax, kernels
-from jattn.masks import Causal, Mask
+from jattn.masks import FARTHEST, Causal, Mask
 from jattn.softmax_tile import (
     Score,
     Tile,
@@ -96,7 +96,10 @@ def sliding_window_attention(
             f"offset: with {sizes['T']} queries and {sizes['S']} keys the window has two readings; pass offset=0 if "
             f"both start at position 0, or offset={sizes['S'] - sizes['T']} if both end together"
         )
-    offset = 0 if offset is None else check_count("offset", offset, minimum=-(2**31))
+    offset = 0 if offset is None else check_count("offset", offset, minimum=-FARTHEST, maximum=FARTHEST)
+    # A window that reaches beyond the sequences is cut to them.
+    left = min(left, max(0, sizes["T"] - 1 + offset))
+    right = min(right, max(0, sizes["S"] - 1 - offset))
     check_sinks(sinks, query, sizes)
     q_segments, kv_segments = split_segment_ids(segment_ids, sizes)
     out, lse = dispatch(
@@ -138,12 +141,9 @@ def windowed_attention(operands: Operands, *, band: Band, score: Score) -> tuple
 
     Measured on a CPU: the band is 1.0 to 1.5 times as fast up to 256 keys, the blocks 1.1 times at 1024.
     """
-    # A window that reaches beyond the sequences is cut to them.
-    left = min(band.left, max(0, operands.query.shape[1] - 1 + band.offset))
-    right = min(band.right, max(0, operands.key.shape[1] - 1 - band.offset))
-    if left + right > 512:
+    if band.left + band.right > 512:
         return blockwise_attention(operands, mask=band.mask(), score=score)
-    return banded_attention(operands, band=Band(left, right, band.offset), score=score)
+    return banded_attention(operands, band=band, score=score)
 
 
 def banded_attention(

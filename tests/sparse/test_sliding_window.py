@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -112,6 +113,16 @@ def test_windows_agree_with_jax_nn_on_either_side_of_the_widest_band():
         wanted = quick_jit(lambda *a, o=options: jax.nn.dot_product_attention(*a, **o))(*x)
         got = quick_jit(functools.partial(sliding_window_attention, window=(left, right)))(*x)
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "interpret"])
+def test_a_window_may_be_wider_than_positions_go(implementation: str):
+    x = operands(13, 13, np.float32)[:3]
+    attend = functools.partial(sliding_window_attention, implementation=implementation)
+    for window, mask in ((sys.maxsize, Causal()), ((3, 2**31 - 1), ~Causal(-4)), ((2**31, sys.maxsize), Full())):
+        np.testing.assert_allclose(
+            quick_jit(functools.partial(attend, window=window))(*x), dot_product_attention(*x, mask=mask), atol=2e-6
+        )
 
 
 def test_a_wide_window_with_an_offset_goes_by_blocks():
