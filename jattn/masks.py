@@ -340,7 +340,7 @@ class NearBlocks(Mask):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Fn(Mask):
-    """Any predicate `function(q_pos, kv_pos, head)` on broadcastable integer arrays; every block of it is partial.
+    """Any predicate `function(q_pos, kv_pos, head) -> bool` of integer arrays that broadcast; all blocks are partial.
 
     `key` stands for the function in comparisons and caches: two masks with equal keys are taken to be the same. The
     function may close over static numbers only, never over traced arrays.
@@ -356,7 +356,11 @@ class Fn(Mask):
             raise TypeError(f"key: expected a hashable value, got {type(self.key).__name__}")
 
     def elem(self, q_pos: Any, kv_pos: Any, head: Any = None) -> Any:
-        return self.function(q_pos, kv_pos, head) & Full().elem(q_pos, kv_pos)
+        seen = self.function(q_pos, kv_pos, head)
+        dtype = jax.dtypes.result_type(seen)
+        if dtype != np.bool_:  # of an integer, & would read the last bit
+            raise TypeError(f"function: expected booleans, got {dtype}; compare, and combine with &, | and ~")
+        return seen & Full().elem(q_pos, kv_pos)
 
     def classify(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> np.ndarray:
         return np.full(np.broadcast_shapes(np.shape(q_lo), np.shape(kv_lo)), PARTIAL, np.int8)

@@ -275,6 +275,12 @@ def test_an_equal_mask_is_no_new_compilation():
         (lambda: NearBlocks(2, 0), ValueError, "count: expected at least 1"),
         (lambda: Fn("causal", key=1), TypeError, "function: expected a callable"),
         (lambda: Fn(lambda *_: True, key=[1]), TypeError, "key: expected a hashable value, got list"),
+        (
+            lambda: Fn(lambda q, k, h: 2 * (k <= q), key=1).dense(3, 3),
+            TypeError,
+            "function: expected booleans, got int",
+        ),
+        (lambda: Fn(lambda q, k, h: 1.0, key=1).dense(3, 3), TypeError, "function: expected booleans, got float"),
         (lambda: Causal() and Sink(1), TypeError, "combine masks with &"),
         (lambda: Causal() & np.ones((2, 2), bool), TypeError, "unsupported operand"),
         (lambda: Causal().block_kinds(0, 4, 2, 2), ValueError, "q_len: expected at least 1, got 0"),
