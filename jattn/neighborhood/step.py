@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jattn.checks import bind_shapes, check_array, check_flags, check_floating, check_grouped_heads, check_integer
+from jattn.checks import (
+    bind_shapes,
+    check_array,
+    check_flags,
+    check_floating,
+    check_grouped_heads,
+    check_integer,
+    check_values,
+)
 from jattn.dot_product import dot_product_attention
 from jattn.neighborhood.arguments import GRID, check_grid
 from jattn.neighborhood.window import Neighborhood, window_bounds
@@ -40,7 +48,8 @@ def neighborhood_attention_step(
       query: `[B, N, H]`.
       key, value: `[B, *grid, K, H]` and `[B, *grid, K, V]`, of which only the window is read; the token's own key and
         value are in it.
-      position: where the query is, one integer for each axis of the grid, static or traced; it must be on the grid.
+      position: where the query is, one integer for each axis of the grid, static or traced; it must be on the
+        grid, which is checked while it is not traced.
       kernel_size, stride, dilation, is_causal, scale, clamp_window, return_lse: as in `neighborhood_attention`, but
         that windows are causal by default.
 
@@ -66,6 +75,8 @@ def neighborhood_attention_step(
         raise ValueError(
             f"position: expected {len(grid)} integers, one for each axis of the grid, got shape {position.shape}"
         )
+    outside = f"expected a place on the grid of {grid}, got {position}"
+    check_values("position", position, lambda x: (x < 0) | (x >= np.array(grid)), outside)
     seen = jnp.ones((), bool)
     for a, axis in enumerate(Neighborhood(kernel_size, stride, dilation, is_causal).on(grid, clamp_window).axes(grid)):
         start, end = (jnp.asarray(bound)[position[a]] for bound in window_bounds(*axis))

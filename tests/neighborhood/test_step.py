@@ -48,6 +48,9 @@ def test_positions_that_do_not_fit():
     query, key, value = arrays((5, 7))
     with pytest.raises(ValueError, match="position: expected 2 integers, one for each axis of the grid"):
         jattn.neighborhood_attention_step(query[:, 0, 0], key, value, (3,), kernel_size=3)
+    for place in ((5, 0), (0, -1)):
+        with pytest.raises(ValueError, match=r"position: expected a place on the grid of \(5, 7\), got"):
+            jattn.neighborhood_attention_step(query[:, 0, 0], key, value, place, kernel_size=3)
     with pytest.raises(TypeError, match="position: expected"):
         jattn.neighborhood_attention_step(query[:, 0, 0], key, value, (3.0, 1.0), kernel_size=3)
     with pytest.raises(ValueError, match="kernel_size: a window of 6"):
