@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from jattn import blockwise
 from jattn.blockwise import blockwise_attention
-from jattn.checks import check_flags
+from jattn.checks import accumulator_dtype, check_flags
 from jattn.dispatch import Choice, Implementation, dispatch
 from jattn.dot_product import dense_attention, make_score, merge_attentions, varying_alike
 from jattn.fused import fused_softmax, kernels
@@ -162,7 +162,8 @@ def _dense(x: Operands, *, neighborhood: Neighborhood, score: Score, q_tile: Any
             i = np.arange(axis.extent) // axis.dilation
             distance = np.clip(i - i[:, None], 1 - axis.window, axis.window - 1)
             entry = entry * (2 * axis.window - 1) + pairwise(distance + axis.window - 1, a)
-        bias = x.rel_pos_bias.reshape(x.query.shape[-2], -1)[:, entry.reshape(tokens, tokens)][None]
+        table = x.rel_pos_bias.astype(accumulator_dtype(x.rel_pos_bias.dtype))  # its gradient is a sum over all queries
+        bias = table.reshape(x.query.shape[-2], -1)[:, entry.reshape(tokens, tokens)][None]
     query, key, value = (_flat(a) for a in (x.query, x.key, x.value))
     if x.additional_keys is not None and x.additional_values is not None:
         key, value = jnp.concatenate([key, x.additional_keys], 1), jnp.concatenate([value, x.additional_values], 1)

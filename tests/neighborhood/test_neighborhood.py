@@ -292,6 +292,24 @@ def test_short_floats_keep_statistics_long(dtype, tolerance):
         np.testing.assert_allclose(gradient.astype(jnp.float32), want[2][name], rtol=0, atol=tolerance[1])
 
 
+@every_implementation
+def test_the_gradient_of_a_short_bias_is_summed_long(implementation: str):
+    """Over all queries; summed in bfloat16, it would stop growing where a term is less than its last bit."""
+    x = {name: jnp.asarray(a, "bfloat16") for name, a in inputs((401,), dtype=np.float32, bias=(5,)).items()}
+    table = x.pop("rel_pos_bias")
+
+    @quick_jit
+    def gradient(table: Any, x: Any) -> Any:
+        def loss(table: Any) -> Any:
+            out = neighborhood_attention(**x, kernel_size=5, rel_pos_bias=table, implementation=implementation)
+            return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+        return jax.grad(loss)(table).astype(jnp.float32)
+
+    want = gradient(table.astype(jnp.float32), jax.tree.map(lambda a: a.astype(jnp.float32), x))
+    assert np.linalg.norm(gradient(table, x) - want) < 1e-2 * np.linalg.norm(want)
+
+
 # Tiles, steps, options
 
 
