@@ -81,7 +81,7 @@ def block_sparse_attention(
         score in the accumulator dtype: batch row, query head and positions are integers. -inf masks a pair, but not
         under a soft cap. Its value and derivative may be infinite or NaN where a pair is masked, but not the derivative
         by what it captures.
-      captured: arrays, or trees of them, that `score_mod` reads; they get gradients.
+      captured: arrays, or trees of them, that `score_mod` reads, narrower floats as float32; they get gradients.
       scale: of the products; `None` is `H ** -0.5`.
       logits_soft_cap: c in `c tanh(x / c)`, applied last; positive.
       kv_bias: `[B, K, S]`, added to the scaled products before `score_mod`.
@@ -112,7 +112,7 @@ def block_sparse_attention(
         bind_shapes(("kv_bias", kv_bias, "B K S"), **{letter: sizes[letter] for letter in "BKS"})
         check_addend("kv_bias", kv_bias, query)
     check_sinks(sinks, query, sizes)
-    _check_score_mod(score_mod, captured, query, sizes)
+    captured = _check_score_mod(score_mod, captured, query, sizes)
     rate = _check_dropout(dropout_rate, dropout_seed)
     operands = Operands(
         query, key, value, None, None, sinks, *split_segment_ids(segment_ids, sizes),
@@ -240,7 +240,8 @@ def _check_block_mask(block_mask: Any, sizes: dict[str, int]) -> None:
     return None
 
 
-def _check_score_mod(score_mod: Any, captured: Any, query: Any, sizes: dict[str, int]) -> None:
+def _check_score_mod(score_mod: Any, captured: Any, query: Any, sizes: dict[str, int]) -> tuple[Any, ...]:
+    """What the function is to read: `captured` in dtypes in which the gradients of many pairs may be summed."""
     if not isinstance(captured, tuple):
         raise TypeError(f"captured: expected a tuple of arrays, got {type(captured).__name__}; write (array,) for one")
     for i, leaf in enumerate(jax.tree.leaves(captured)):
@@ -248,11 +249,12 @@ def _check_score_mod(score_mod: Any, captured: Any, query: Any, sizes: dict[str,
     if score_mod is None:
         if captured:
             raise ValueError("captured: there is no score_mod to read it")
-        return
+        return captured
     if not callable(score_mod):
         raise TypeError(
             f"score_mod: expected a callable (score, b, h, q_pos, kv_pos, *captured), got {type(score_mod).__name__}"
         )
+    captured = jax.tree.map(_wide, captured)
     acc = accumulator_dtype(query.dtype)
     shape = (sizes["B"], sizes["K"], sizes["N"] // sizes["K"], 2, 3)
     score = jax.ShapeDtypeStruct(shape, acc)
@@ -282,6 +284,11 @@ def _check_score_mod(score_mod: Any, captured: Any, query: Any, sizes: dict[str,
         raise ValueError(
             f"score_mod: expected the new score, {jnp.dtype(acc)}{list(shape)} as the score that it is given, got {got}"
         )
+    return captured
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(accumulator_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _check_dropout(rate: Any, seed: Any) -> float:

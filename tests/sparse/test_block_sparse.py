@@ -183,6 +183,25 @@ def test_narrow_dtypes(dtype: str, tolerance: float):
         )
 
 
+@every_implementation
+def test_the_gradient_of_what_is_captured_in_short_floats_is_summed_long(implementation: str):
+    """Over all pairs; summed in bfloat16, it would stop growing where a term is less than its last bit."""
+    x = jax.tree.map(lambda a: jnp.asarray(a, "bfloat16"), inputs(397, 397)[:3])
+    table = jnp.asarray(np.random.default_rng(1).standard_normal((N, 5)), "bfloat16")
+
+    @quick_jit
+    def gradient(table: Any, x: Any) -> Any:
+        def loss(table: Any) -> Any:
+            mod = lambda score, b, h, q, k, table: score + table[h, (q - k) % 5]  # noqa: E731
+            options: Any = {"score_mod": mod, "captured": (table,), "implementation": implementation}
+            return jnp.sum(jnp.square(block_sparse_attention(*x, Causal(), **options).astype(jnp.float32)))
+
+        return jax.grad(loss)(table).astype(jnp.float32)
+
+    want = gradient(table.astype(jnp.float32), jax.tree.map(lambda a: a.astype(jnp.float32), x))
+    assert np.linalg.norm(gradient(table, x) - want) < 2e-2 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("mask", [Causal(4), Causal() & SlidingWindow(5) | ~Causal(20), SlidingWindow(3, 30)], ids=str)
 def test_a_symbolic_mask_is_its_blocks_and_that_of_dot_product_attention(mask: Any):
     x = inputs(dtype=np.float32)
