@@ -44,7 +44,16 @@ def empty_cache(projections: Projections, batch: int, capacity: int, dtype: Any)
 def write_cache(
     cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K V"], live: Bool[Array, "B T"]
 ) -> KVCache:
-    """The cache after T more tokens; only the newest that fit are kept, and `live` says which may be attended later."""
+    """The cache after T more tokens; only the newest that fit are kept, and `live` says which may be attended later.
+
+    Raises:
+      ValueError: a cache of another number of rows or other heads than those of the tokens.
+    """
+    checks.bind_shapes(
+        ("key", key, "B T K H"), ("value", value, "B T K V"), ("state.key", cache.key, "B C K H"),
+        ("state.value", cache.value, "B C K V"), ("state.position", cache.position, "B C"),
+        ("state.written", cache.written, "B"),
+    )  # fmt: skip
     capacity = cache.position.shape[1]
     length = key.shape[1]
     kept = min(length, capacity)

@@ -104,6 +104,17 @@ def test_a_state_belongs_to_the_first_segment_and_ends_in_the_last(mixer, x):
     assert_near(np.concatenate([a, b, c], 1), np.concatenate(documents, 1))
 
 
+@pytest.mark.parametrize("length", [1, 7])
+def test_a_cache_of_other_rows_is_refused(length):
+    """JAX would read and write out of bounds, where it finds the last row and leaves nothing."""
+    mixers = [entry for entry in MIXERS if entry.name in ("softmax", "sliding_window", "neighborhood_1d", "kronecker")]
+    for entry in mixers:
+        mixer = entry.load_layer()(WIDTH, num_heads=2, rngs=nnx.Rngs(0))
+        state = mixer.init_state(1, LENGTH, jnp.float32)
+        with pytest.raises(ValueError, match=r"state.key: expected \[B, C, K, H\] with B = 2 as in key, got \(1, "):
+            mixer(np.ones((BATCH, length, WIDTH), np.float32), positions=positions(0, length), state=state)
+
+
 def test_flops_grow_as_the_entry_says(mixer, x):
     del x
     assert mixer.flops(3, 64) == pytest.approx(3 * mixer.flops(1, 64))
