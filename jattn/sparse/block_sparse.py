@@ -208,8 +208,11 @@ def _per_query_head(kv_bias: Array | None, operands: Operands) -> Array | None:
     """`[B, K, S]` as a bias `[B, N, 1, S]`, wide enough for its gradient to be summed over the heads of a group."""
     if kv_bias is None:
         return None
-    groups = operands.query.shape[2] // kv_bias.shape[1]
-    return jnp.repeat(kv_bias.astype(accumulator_dtype(kv_bias.dtype)), groups, axis=1)[:, :, None]
+    batch, _, heads, _ = operands.query.shape
+    kv_heads, kv_len = kv_bias.shape[1:]
+    by_group = kv_bias.astype(accumulator_dtype(kv_bias.dtype))[:, :, None]
+    by_group = jnp.broadcast_to(by_group, (batch, kv_heads, heads // kv_heads, kv_len))
+    return by_group.reshape(batch, heads, 1, kv_len)
 
 
 def _bits(seed: Any) -> Array:

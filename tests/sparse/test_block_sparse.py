@@ -507,6 +507,21 @@ def test_on_a_mesh(kind: str):
         assert_close(jax.device_get(got), wanted, 1e-5)
 
 
+@every_implementation
+def test_heads_on_a_mesh_of_explicit_axes(implementation: str):
+    x = jax.tree.map(np.float32, inputs(13, 13, extras=True)[:4])
+
+    def loss(*x: Any) -> Any:
+        return jnp.sum(jnp.sin(block_sparse_attention(*x[:3], Causal(), kv_bias=x[3], implementation=implementation)))
+
+    gradient = quick_jit(jax.grad(loss, (0, 1, 2, 3)))
+    mesh = jax.make_mesh((3,), ("tensor",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:3])
+    places = (*[P(None, None, "tensor")] * 3, P(None, "tensor"))
+    with jax.set_mesh(mesh):
+        got = gradient(*jax.device_put(x, tuple(NamedSharding(mesh, place) for place in places)))
+    assert_close(jax.device_get(got), jax.device_get(gradient(*x)), 1e-5)
+
+
 def test_inside_shard_map_with_segments_and_captured_arrays():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     x = jax.tree.map(np.float32, inputs(T, T, extras=True))
