@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jattn.checks import (
@@ -43,6 +44,7 @@ from jattn.checks import (
 from jattn.dispatch import Choice, Implementation, dispatch
 from jattn.dot_product import dot_product_attention, make_score, varying_alike
 from jattn.masks import Causal, Full, Mask, SlidingWindow
+from jattn.sparse.psa_importance import over_mesh
 
 QUERIES_AT_ONCE = 4096
 
@@ -242,7 +244,9 @@ class _Plan:
 
 @functools.partial(jax.jit, static_argnames=("masks", "scale"))
 def _by_factors(x: Operands, *, masks: tuple[Mask, ...], scale: float) -> tuple[Array, Array]:
-    out, lse = _attend(_plan(masks, scale, 1, x.query.shape[1], x.keys), x)
+    rows = P(*jax.typeof(x.query).sharding.spec[:3])
+    attend = functools.partial(_attend, _plan(masks, scale, 1, x.query.shape[1], x.keys))
+    out, lse = over_mesh(attend, (rows, rows), x)
     return out.astype(x.query.dtype), lse
 
 

@@ -16,6 +16,7 @@ that i may read are a product set. Not exact for exp: the error is that of P, an
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -23,11 +24,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jattn.checks import accumulator_dtype, check_causal_lengths, check_count, check_flags
 from jattn.dot_product import make_score
 from jattn.sparse.kronecker import check_factors, factors_of
+from jattn.sparse.psa_importance import over_mesh
 
 NUMBERS_AT_ONCE = 2**20
 
@@ -89,7 +92,9 @@ def kronecker_attention_poly(
         A, B = (math.prod(parts[1:], start=parts[0]) for parts in zip(*sums, strict=True))
         out = jnp.einsum("btkgr,bkrv->btkgv", asked, A) / jnp.einsum("btkgr,bkr->btkg", asked, B)[..., None]
         return out.reshape(*query.shape[:3], -1).astype(query.dtype)
-    return _causal(asked, keys, values, indices).reshape(*query.shape[:3], -1).astype(query.dtype)
+    rows = P(*jax.typeof(query).sharding.spec[:3])
+    out = over_mesh(functools.partial(_causal, indices), rows, asked, keys, values)
+    return out.reshape(*query.shape[:3], -1).astype(query.dtype)
 
 
 def _sums(key: Array, value: Array, indices: Sequence[tuple[int, ...]]) -> tuple[Array, Array]:
@@ -99,7 +104,7 @@ def _sums(key: Array, value: Array, indices: Sequence[tuple[int, ...]]) -> tuple
 
 
 def _causal(
-    asked: Array, keys: tuple[Array, ...], values: tuple[Array, ...], indices: Sequence[tuple[int, ...]]
+    indices: Sequence[tuple[int, ...]], asked: Array, keys: tuple[Array, ...], values: tuple[Array, ...]
 ) -> Array:
     """`[B, T, K, G, V]`, a few tokens at a time, from the sums before them and those up to each of them."""
     batch, length, kv_heads, _, rank = asked.shape
@@ -146,7 +151,7 @@ def monomials(x: Float[Array, "*batch H"], indices: Sequence[tuple[int, ...]]) -
     columns: list[Array] = []
     for index in indices:
         if not any(index):
-            columns.append(jnp.ones(x.shape[:-1], x.dtype))
+            columns.append(jnp.ones_like(x[..., 0]))
             continue
         channel = next(h for h, count in enumerate(index) if count)
         parent = tuple(count - (h == channel) for h, count in enumerate(index))

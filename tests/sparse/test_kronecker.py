@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jattn import (
     dot_product_attention,
@@ -237,6 +239,19 @@ def test_the_degree_that_a_bound_needs(bound, eps):
     assert degree % 2 == 0
     assert remainder(degree) <= eps
     assert degree == 0 or remainder(degree - 2) > eps
+
+
+@pytest.mark.parametrize("form", ["exact", "polynomial"])
+def test_rows_and_heads_on_a_mesh_of_explicit_axes(form):
+    x = arrays(T, T, dtype=np.float32)
+    op = kronecker_attention if form == "exact" else functools.partial(kronecker_attention_poly, degree=2)
+    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(op(*x, is_causal=True))), (0, 1, 2)))
+    want = jax.device_get(gradient(*x))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P("data", None, "tensor")))
+        assert jax.eval_shape(op, *placed).sharding.spec == P("data", None, "tensor", None)
+        assert_close(jax.device_get(gradient(*placed)), want, 1e-5)
 
 
 def flops(f, *x):
