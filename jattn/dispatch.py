@@ -104,7 +104,7 @@ def _check_whole(platforms: tuple[str, ...]) -> None:
         )
 
 
-def _on_mesh_of(arrays: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+def on_mesh_of(arrays: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """Outside of any mesh, that of arrays with explicit axes: what an op makes itself has its place there too."""
     if jax.sharding.get_abstract_mesh().empty:
         for leaf in jax.tree.leaves(arrays):
@@ -128,7 +128,7 @@ def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice,
       ValueError: `choice` holds a name that does not exist.
       NotImplementedError: nothing that was named does this call; every reason is listed.
     """
-    with _on_mesh_of(arrays):
+    with on_mesh_of(arrays):
         return _dispatch(op, implementations, choice, *arrays, **options)
 
 

@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jattn.checks import (
@@ -44,7 +45,7 @@ from jattn.checks import (
     check_no_empty,
     check_same_dtype,
 )
-from jattn.dispatch import Choice, Implementation, dispatch
+from jattn.dispatch import Choice, Implementation, dispatch, on_mesh_of
 from jattn.dot_product import check_query_key_value, dot_product_attention, make_score, merge_attentions, varying_alike
 from jattn.sparse.pka_streams import (
     Outputs,
@@ -55,6 +56,7 @@ from jattn.sparse.pka_streams import (
     check_rule,
     check_streams,
 )
+from jattn.sparse.psa_importance import over_mesh
 
 Combine = Literal["add", "joint"]
 Normalization = Literal["minmax", "softmax"]
@@ -111,8 +113,7 @@ def pka_attention(
         _mask_of(image.query, streams.text.key, s.keyword_ids, s.keyword_valid, eps, normalization)
         for s in streams.subjects
     ]
-    none = jnp.zeros_like(image.query[:, None, :, 0, 0], dtype=bool)[:, :0]
-    return outputs, jnp.stack(masks, axis=1) if masks else none
+    return outputs, jnp.stack(masks, axis=1) if masks else _no_token(image.query)[:, None][:, :0]
 
 
 def position_aligned_attention(
@@ -264,11 +265,21 @@ def pka_pairs(
     return (text + image) ** 2 + spatial * image + sum(n * s for n, s in zip(rows, subjects, strict=True)) + own
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
 def _mask_of(query: Any, key: Array, ids: Any, valid: Any, eps: float, normalization: Normalization) -> Array:
-    batch, length, heads, _ = query.shape
+    with on_mesh_of((query, key)):
+        return _compiled_mask(query, key, ids, valid, eps, normalization)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _compiled_mask(query: Any, key: Array, ids: Any, valid: Any, eps: float, normalization: Normalization) -> Array:
     if ids is None or ids.shape[1] == 0:
-        return jnp.ones_like(query[:, :, 0, 0], dtype=bool)
+        return ~_no_token(query)
+    run = functools.partial(_relevant, eps, normalization)
+    return over_mesh(run, P(*jax.typeof(query).sharding.spec[:2]), query, key, ids, valid)
+
+
+def _relevant(eps: float, normalization: Normalization, query: Array, key: Array, ids: Array, valid: Any) -> Array:
+    batch, length, heads, _ = query.shape
     acc = accumulator_dtype(query.dtype)
     query, key = jax.lax.stop_gradient((query, key))
     chosen = ids[:, :, None] == jnp.arange(key.shape[1])
@@ -287,6 +298,11 @@ def _mask_of(query: Any, key: Array, ids: Any, valid: Any, eps: float, normaliza
         spread = high - low
         relevance = jnp.where(spread > 0, jnp.clip((r - low) / jnp.where(spread > 0, spread, 1), 0, 1), 1)
     return (relevance >= eps) | ~jnp.any(chosen, axis=1, keepdims=True)
+
+
+def _no_token(query: Float[Array, "B L N H"]) -> Bool[Array, "B L"]:
+    """False for each of them; made of the queries, to be laid out over devices as they are."""
+    return jnp.any(jnp.zeros_like(query, dtype=bool), axis=(2, 3))
 
 
 def _aligned(query: Array, key: Array, value: Array, scale: float) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """Position-aligned, keyword-scoped attention; the properties are those of the specification."""
 
+import contextlib
 import functools
 import inspect
 
@@ -459,6 +460,19 @@ def test_rows_on_a_mesh(kind):
         assert after.sharding.spec[0] == "data"
     want = values(x, mask, combine="joint")
     assert_close(jax.device_get((outputs, after)), want, 1e-5)
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+@pytest.mark.parametrize("subjects", [(17,), ()])
+def test_heads_on_a_mesh_of_explicit_axes(subjects, is_set):
+    """Of which the mask is the mean, so that it takes a sum over devices; with the mesh around, and without."""
+    x = to_float32(make(subjects=subjects))
+    mesh = jax.make_mesh((3,), ("tensor",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:3])
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        places = jax.tree.map(lambda a: NamedSharding(mesh, P(None, None, "tensor") if a.ndim == 4 else P()), x)
+        got = jax.device_get(jax.jit(pka_attention)(jax.device_put(x, places)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(values(x)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_explain_names_both():
