@@ -89,8 +89,7 @@ def flow_matching_loss(
       ValueError, TypeError: a wrong shape or dtype, of what the model returns too.
     """
     found = velocity(noisy(images, noise, t), t)
-    if found.shape != images.shape:
-        raise ValueError(f"velocity: expected it to return {tuple(images.shape)} as images, got {tuple(found.shape)}")
+    _check_velocity(found, "images", images)
     acc = checks.accumulator_dtype(images.dtype, found.dtype)
     error = found.astype(acc) - (noise.astype(acc) - images.astype(acc))
     return jnp.mean(error**2, axis=tuple(range(1, images.ndim)))
@@ -113,6 +112,9 @@ def euler_sample(
 
     Returns:
       `(images, carry)`, images in the noise's dtype.
+
+    Raises:
+      ValueError, TypeError: a wrong dtype or number of steps, a velocity of another shape than the noise.
     """
     checks.check_array("noise", noise)
     checks.check_floating(noise=noise)
@@ -122,11 +124,17 @@ def euler_sample(
     def step(state: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], None]:
         x, carry = state
         v, carry = velocity(x.astype(noise.dtype), jnp.full(noise.shape[:1], t), carry)
+        _check_velocity(v, "noise", noise)
         return (x - v.astype(acc) / steps, carry), None
 
     times = 1 - jnp.arange(steps, dtype=acc) / steps
     (x, carry), _ = jax.lax.scan(step, (noise.astype(acc), carry), times)
     return x.astype(noise.dtype), carry
+
+
+def _check_velocity(found: Array, name: str, like: Array) -> None:
+    if found.shape != like.shape:
+        raise ValueError(f"velocity: expected it to return {tuple(like.shape)} as {name}, got {tuple(found.shape)}")
 
 
 def _check_parameters(mu: Any, delta: Any) -> None:

@@ -143,6 +143,11 @@ T = np.full(2, 0.5, np.float32)
             r"velocity: expected it to return \(2, 3\) as images, got \(2, 1\)",
         ),
         (
+            lambda: euler_sample(lambda x, t, c: (x[:1], c), IMAGES, steps=2),
+            ValueError,
+            r"velocity: expected it to return \(2, 3\) as noise, got \(1, 3\)",
+        ),
+        (
             lambda: euler_sample(lambda x, t, c: (x, c), IMAGES, steps=0),
             ValueError,
             "steps: expected at least 1, got 0",
