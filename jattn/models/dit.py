@@ -39,8 +39,8 @@ class DiTConfig:
       text_width: features of a text token.
       spatial, subjects: how many kinds of conditions there are, each with an adapter of its own. A call may leave any
         of them out.
-      width, num_layers, num_heads, num_kv_heads, head_dim, mlp_width: D, depth, N, K, H; K defaults to N, H to D / N,
-        which is a multiple of 4.
+      width, num_layers, num_heads, num_kv_heads, head_dim, mlp_width: D, even; depth, N, K, H; K defaults to N, H to
+        D / N, which is a multiple of 4.
       lora_rank: of the conditions' adapters.
       attention: "pka", or "full" attention among all tokens to compare with, which cannot be cached.
       combine, eps, normalization, max_tokens: as in `jattn.pka_attention`.
@@ -82,6 +82,8 @@ class DiTConfig:
             raise ValueError(
                 f"head_dim: rows and columns turn pairs of channels, so a multiple of 4 is needed, got {head_dim:g}"
             )
+        if self.width % 2:
+            raise ValueError(f"width: a time has as many sines as cosines, so it is even, got {self.width}")
 
 
 class SubjectImage(NamedTuple):

@@ -292,6 +292,7 @@ def test_pka_learns_what_joint_attention_learns_for_less():
     [
         ({"head_dim": 6}, "head_dim: rows and columns turn pairs of channels, so a multiple of 4 is needed, got 6"),
         ({"head_dim": None, "width": 25}, "head_dim: .* got 6.25"),
+        ({"head_dim": 8, "width": 25}, "width: .* even, got 25"),
         ({"patch": 0}, "patch: expected at least 1, got 0"),
         ({"spatial": -1}, "spatial: expected at least 0, got -1"),
         ({"combine": "sum"}, "combine: expected one of 'add', 'joint', got 'sum'"),
