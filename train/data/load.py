@@ -89,8 +89,11 @@ def load_data(config: RunConfig, workdir: Path) -> RunData:
         return RunData(made, {HELD_OUT: held_out}, None)
     sources = _sources(data)
     sides = [split_by_document(read_documents(source, data.field), data.holdout) for source in sources]
-    training = tuple(document for side, _ in sides for document in side)
     held_out_documents = tuple(document for _, side in sides for document in side)
+    # Each source is split by itself, so what one holds out may be in another too.
+    held = frozenset(held_out_documents)
+    sides = [(tuple(document for document in side if document not in held), out) for side, out in sides]
+    training = tuple(document for side, _ in sides for document in side)
     tokenizer = load_tokenizer(data.tokenizer, workdir, training, vocabulary)
     encoded = [tokenizer.encode_batch(side) for side, _ in sides]
     ratio = sum(len(tokens) for side in encoded for tokens in side) / sum(map(len, training))
