@@ -9,6 +9,7 @@ import pytest
 
 from train.config import DataConfig, load_recipe
 from train.data.load import load_data
+from train.errors import UserError
 
 SOURCES = {"web": range(40), "books": range(10, 45)}
 """Numbers of the documents of each; most are in both."""
@@ -28,3 +29,17 @@ def test_no_held_out_document_is_trained_on_whatever_source_it_is_in(weights, tm
     loaded = load(tmp_path, weights=weights)
     assert loaded.training
     assert not {*loaded.training} & {*loaded.held_out}
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("books",), r"expected name=files, as in books=books/\*.jsonl, got 'books'"),
+        (("held_out=a.txt",), r"got 'held_out=a.txt' \(held_out is a name of the run's own\)"),
+        (("val=a.txt",), r"got 'val=a.txt' \(val is a name of the run's own\)"),  # val_bits_per_byte is the run's
+        (("books=a.txt", "books=b.txt"), "two are called books; give one all files, separated by commas"),
+    ],
+)
+def test_sets_without_a_name_of_their_own(sets, message, tmp_path):
+    with pytest.raises(UserError, match=f"data.eval_sets: .*{message}"):
+        load(tmp_path, eval_sets=sets)

@@ -24,6 +24,9 @@ from train.tasks import HELD_OUT
 RECALL_HELD_OUT = 256
 """Sequences that a synthetic task is scored on."""
 
+OWN_NAMES = (HELD_OUT, "val")
+"""No further set is called so: the run's own, and what its figures begin with in metrics.jsonl."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
@@ -118,14 +121,16 @@ def text_set(documents: Sequence[Document], tokenizer: Tokenizer, context: int, 
 
 def eval_sources(data: DataConfig) -> list[tuple[str, tuple[str, ...]]]:
     """`data.eval_sets` as (name, sources)."""
-    found = []
+    found: list[tuple[str, tuple[str, ...]]] = []
     for entry in data.eval_sets:
         name, separator, where = entry.partition("=")
-        if not separator or not where or not name.isidentifier() or name == HELD_OUT:
+        if not separator or not where or not name.isidentifier() or name in OWN_NAMES:
             raise UserError(
                 f"data.eval_sets: expected name=files, as in books=books/*.jsonl, got {entry!r}"
-                + (f" ({HELD_OUT} is the name of the run's own)" if name == HELD_OUT else "")
+                + (f" ({name} is a name of the run's own)" if name in OWN_NAMES else "")
             )
+        if name in dict(found):
+            raise UserError(f"data.eval_sets: two are called {name}; give one all files, separated by commas")
         found.append((name, tuple(where.split(","))))
     return found
 
