@@ -43,3 +43,13 @@ def test_no_held_out_document_is_trained_on_whatever_source_it_is_in(weights, tm
 def test_sets_without_a_name_of_their_own(sets, message, tmp_path):
     with pytest.raises(UserError, match=f"data.eval_sets: .*{message}"):
         load(tmp_path, eval_sets=sets)
+
+
+def test_a_further_set_is_a_part_of_what_a_run_is_scored_on(tmp_path):
+    (tmp_path / "more.txt").write_text("one text")
+    more = str(tmp_path / "more.txt")
+    before = [load(tmp_path).identity(), load(tmp_path, eval_sets=(f"more={more}",)).identity()]
+    assert before == [load(tmp_path).identity(), load(tmp_path, eval_sets=(f"more={more}",)).identity()]
+    (tmp_path / "more.txt").write_text("another text")
+    after = load(tmp_path, eval_sets=(f"more={more}",)).identity()
+    assert len({*before, after}) == 3

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class RunData:
       tokenizer: between text and ids; `None` for a synthetic task.
       tokens_per_byte: of the training text; 1 for a synthetic task.
       training, held_out: the documents, for compressors to be measured on; empty for a synthetic task.
+      others: the documents of the further sets, by name.
     """
 
     windows: Windows
@@ -59,13 +61,15 @@ class RunData:
     tokens_per_byte: float = 1.0
     training: Sequence[Document] = ()
     held_out: Sequence[Document] = ()
+    others: Mapping[str, Sequence[Document]] = dataclasses.field(default_factory=dict)
 
     def identity(self) -> str:
         """What a run is scored on: figures of different texts must not be one curve."""
         digest = hashlib.blake2b(digest_size=16)
-        for document in self.held_out:
-            digest.update(len(document).to_bytes(8, "little"))
-            digest.update(document)
+        named = ((name.encode(), *documents) for name, documents in self.others.items())
+        for piece in itertools.chain(self.held_out, *named):
+            digest.update(len(piece).to_bytes(8, "little"))
+            digest.update(piece)
         return digest.hexdigest()
 
     @property
@@ -103,10 +107,10 @@ def load_data(config: RunConfig, workdir: Path) -> RunData:
     parts = [PackedWindows(side, data.context, config.seed) for side in encoded]
     windows: Windows = MixedWindows(parts, data.weights) if data.weights else parts[0]
     evaluation = {HELD_OUT: text_set(held_out_documents, tokenizer, data.context, "data.holdout")}
-    for name, source in eval_sources(data):
-        texts = read_documents(source, data.field)
+    others = {name: read_documents(source, data.field) for name, source in eval_sources(data)}
+    for name, texts in others.items():
         evaluation[name] = text_set(texts, tokenizer, data.context, f"data.eval_sets: {name}")
-    return RunData(windows, evaluation, tokenizer, ratio, training, held_out_documents)
+    return RunData(windows, evaluation, tokenizer, ratio, training, held_out_documents, others)
 
 
 def text_set(documents: Sequence[Document], tokenizer: Tokenizer, context: int, where: str) -> EvalSet:
