@@ -20,7 +20,8 @@ import pkgutil
 import runpy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from jattn import catalog
 from jattn.models.lm import LMConfig
@@ -196,6 +197,7 @@ class CommonConfig:
     """First and last step of a profiler trace, written to the folder `profile`."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         schedule, data = self.schedule, self.data
         if data.batch % max(data.accumulate, 1):
             raise UserError(
@@ -256,6 +258,7 @@ class RunConfig(CommonConfig):
     conversion: ConversionConfig = ConversionConfig()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         data, sample = self.data, self.sample
         if data.tokenizer is None and data.recall.task is None and self.model.vocab_size != VOCABULARY:
             raise UserError(
@@ -268,7 +271,6 @@ class RunConfig(CommonConfig):
             )
         if not all(0 < weight < float("inf") for weight in data.weights):
             raise UserError(f"data.weights: expected positive numbers, got {data.weights}")
-        super().__post_init__()
         check_least(
             ("data.context", data.context, 1),
             ("conversion.steps", self.conversion.steps, 0),
@@ -306,6 +308,33 @@ MIXER_FIELDS = (
     "rngs",
 )  # fmt: skip
 """What the constructor of a mixer is told by fields of the model."""
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Every field of `config` has a value of its type. A recipe is Python, which would take any."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _is_of(value, hints[field.name]):
+            raise UserError(f"{prefix}{field.name}: expected {field.type}, got {value!r}")
+        if dataclasses.is_dataclass(value):
+            check_types(value, f"{prefix}{field.name}.")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind is Literal:
+        return value in inner
+    if kind in (Union, UnionType):
+        return any(_is_of(value, one) for one in inner)
+    if kind is tuple and isinstance(value, tuple):
+        wanted = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(value) == len(wanted) and all(map(_is_of, value, wanted))
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def check_least(*entries: tuple[str, int | None, int]) -> None:

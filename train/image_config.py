@@ -65,8 +65,8 @@ class ImageRunConfig(CommonConfig):
     """Share of a training label that is spread over all classes."""
 
     def __post_init__(self) -> None:
-        data, augment = self.data, self.data.augment
         super().__post_init__()
+        data, augment = self.data, self.data.augment
         check_least(
             ("data.size", min(data.size), 1),
             ("data.fold", data.fold, 0),

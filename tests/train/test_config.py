@@ -171,6 +171,27 @@ def test_a_recipe_has_no_dtype_beside_its_precision(dtype):
     assert resolve_precision(resolved) == resolved
 
 
+@pytest.mark.parametrize(
+    ("group", "name", "value", "message"),
+    [
+        ("optimizer", "name", "adam", "optimizer.name: expected Literal['muon', 'adamw'], got 'adam'"),
+        ("schedule", "decay", "exp", "schedule.decay: expected Literal['linear', 'cosine', 'wsd'], got 'exp'"),
+        ("schedule", "steps", 30.5, "schedule.steps: expected int | None, got 30.5"),
+        ("data", "source", "folder", "data.source: expected tuple[str, ...], got 'folder'"),
+        ("data", "weights", (True,), "data.weights: expected tuple[float, ...], got (True,)"),
+        ("data", "recall", None, "data.recall: expected RecallConfig, got None"),
+        (None, "precision", "fp16", "precision: expected Literal['auto', 'float32', 'bfloat16'], got 'fp16'"),
+        (None, "profile_steps", (3,), "profile_steps: expected tuple[int, int] | None, got (3,)"),
+        (None, "seed", True, "seed: expected int, got True"),
+    ],
+)
+def test_a_recipe_with_a_value_of_another_type(group, name, value, message):
+    recipe = load_recipe("pydoc_lm")
+    changes = {name: value} if group is None else {group: dataclasses.replace(getattr(recipe, group), **{name: value})}
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(recipe, **changes)
+
+
 def test_help_lists_the_fields(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["run", "pydoc_lm", "--help"])
