@@ -71,6 +71,11 @@ class LMConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width"):
             checks.check_count(name, getattr(self, name))
+        for name in ("num_kv_heads", "head_dim"):
+            if getattr(self, name) is not None:
+                checks.check_count(name, getattr(self, name))
+        if self.logits_soft_cap is not None and not 0 < self.logits_soft_cap < float("inf"):
+            raise ValueError(f"logits_soft_cap: expected a positive number or None, got {self.logits_soft_cap}")
         if isinstance(self.pattern, str):
             raise TypeError(
                 f"pattern: expected a tuple of mixer names, got the string {self.pattern!r}; write ({self.pattern!r},)"
