@@ -301,7 +301,8 @@ class RunConfig(CommonConfig):
 CONFIGS = {"text": "train.config:RunConfig", "images": "train.image_config:ImageRunConfig"}
 """The configuration of each task, as module:class."""
 
-PARAM_DTYPES = ("float32", "bfloat16", "float16")
+PARAM_DTYPES = ("float32", "bfloat16")
+"""Not float16, in which Adam's epsilon is 0 and the update of a weight without gradient 0 / 0."""
 
 MIXER_FIELDS = (
     "self", "width", "num_heads", "num_kv_heads", "head_dim", "layer_index", "num_layers", "dtype", "param_dtype",

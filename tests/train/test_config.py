@@ -89,7 +89,7 @@ def test_another_pattern_leaves_the_options_of_its_mixers(words):
         ("--seed 2147483648", "seed: expected a number in [0, 2147483648), got 2147483648"),
         ("--data.holdout 1", "data.holdout: expected a number in (0, 1), got 1.0"),
         ("--model.dtype float32", "--model.dtype: follows from precision; use --precision float32 or"),
-        ("--model.param-dtype int8", "model.param_dtype: expected one of float32, bfloat16, float16, got 'int8'"),
+        ("--model.param-dtype float16", "model.param_dtype: expected one of float32, bfloat16, got 'float16'"),
         ("--data.context 0", "data.context: expected at least 1, got 0"),
         ("--model.num-layers 5", "num_layers: 5 is no multiple of the pattern's length 2; 6 would be"),
         ("--model.pattern lightnin", "'lightnin'; did you mean 'lightning'?"),
