@@ -29,8 +29,18 @@ from train.step import Program, TrainState, make_program, resolve_precision
 CHECKPOINTS = "checkpoints"
 
 # What may change from one start to the next without making it another run: how it is spread over devices, what it keeps
-# and shows. The global batch and its order are not among them.
-_FREE = ("sample.", "mesh.", "data.accumulate", "log_every", "save_every_seconds", "keep_checkpoints", "profile_steps")
+# and shows, and when it stops or goes back, which a run that has stopped for good must be able to have changed. The
+# global batch and its order are not among them.
+_FREE = (
+    "sample.",
+    "mesh.",
+    "guard.",
+    "data.accumulate",
+    "log_every",
+    "save_every_seconds",
+    "keep_checkpoints",
+    "profile_steps",
+)
 
 
 def make_folder(workdir: Path) -> None:

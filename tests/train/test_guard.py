@@ -100,8 +100,11 @@ def test_a_spike_goes_back_and_leaves_the_batches_out(tmp_path, monkeypatch, cap
 def test_a_spike_that_returns_stops_the_run(tmp_path, monkeypatch):
     spoiled(monkeypatch, set(range(20, 200)), noise)
     words = "--guard.spike-z 6 --guard.spike-window 8 --guard.max-rollbacks 2"
-    with pytest.raises(UserError, match=r"after 2 times of going back to step 1\d; the batch is kept in .*npz"):
+    with pytest.raises(UserError, match=r"after 2 times of going back to step 1\d; .*npz; .* or raise guard.spike_z"):
         loop.run(tiny(words), tmp_path)
+    summary = loop.run(tiny(words, "--guard.spike-z 1000"), tmp_path)  # it stands by its advice
+    assert summary["steps"] == 32
+    assert json.loads((tmp_path / "config.json").read_text())["guard"]["spike_z"] == 1000
 
 
 def test_a_run_that_ends_in_nan_says_so(tmp_path, monkeypatch):
