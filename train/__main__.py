@@ -119,12 +119,14 @@ def _run(arguments: list[str]) -> None:
 
 def _take_workdir(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
     for index, argument in enumerate(arguments):
-        if argument.startswith("--workdir="):
-            return Path(argument.removeprefix("--workdir=")), arguments[:index] + arguments[index + 1 :]
-        if argument == "--workdir":
-            if index + 1 == len(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--workdir":
+            rest = arguments[index + 1 :]
+            if not equals:
+                value, rest = "".join(rest[:1]), rest[1:]
+            if not value or value.startswith("--"):
                 raise UserError("--workdir: expected a folder after it")
-            return Path(arguments[index + 1]), arguments[:index] + arguments[index + 2 :]
+            return Path(value), arguments[:index] + rest
     return default, arguments
 
 

@@ -237,6 +237,8 @@ def files(tmp_path):
         ("run pydoc_lm --model.mixer-options.sliding-window.window 0", "window: expected at least 1, got 0"),
         ("run pydoc_lm --model.num-heads 3", "a width of 128 does not divide by 3 heads"),
         ("run pydoc_lm --workdir", "--workdir: expected a folder after it"),
+        ("run pydoc_lm --workdir --model.tied", "--workdir: expected a folder after it"),
+        ("run pydoc_lm --workdir=", "--workdir: expected a folder after it"),
         (
             "runn pydoc_lm",
             "no verb is called 'runn'; there are run, compile, compare, sample, eval, export, inspect, launch, doctor",
