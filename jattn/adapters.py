@@ -15,17 +15,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jattn.catalog import CATALOG
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class AttentionFn:
-    """What `as_attention_fn` returns; frozen and hashable, so that it may be a field of a Linen module."""
+    """What `as_attention_fn` returns; frozen, and hashable by its values, so that it may be a field of Flax modules."""
 
     op: Callable[..., Any]
     fixed: tuple[tuple[str, Any], ...] = ()
+
+    def _values(self) -> Any:
+        leaves, structure = jax.tree.flatten(self.fixed)
+        return self.op, structure, tuple(map(_hashable, leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AttentionFn) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
 
     def __call__(
         self,
@@ -111,6 +122,11 @@ def as_attention_fn(op: Callable[..., Array], **fixed: Any) -> AttentionFn:
         if keyword in ("return_lse", "return_state") and option:
             raise ValueError(f"{keyword}: a Flax layer takes one array from its attention_fn")
     return AttentionFn(op, tuple(sorted(fixed.items())))
+
+
+def _hashable(x: Any) -> Any:
+    """An array, such as slopes, as what is in it."""
+    return (x.shape, str(x.dtype), np.asarray(x).tobytes()) if isinstance(x, (jax.Array, np.ndarray)) else x
 
 
 _WAY_OUT = {

@@ -136,6 +136,27 @@ def test_it_is_hashable_and_equal_by_value():
     assert one != as_attention_fn(jattn.sliding_window_attention, window=4)
 
 
+def test_arrays_among_its_options_count_by_their_values(x):
+    def lightning(factor):
+        slopes = factor * jattn.lightning_slopes(3)
+        return nnx_layer(attention_fn=as_attention_fn(jattn.lightning_attention, slopes=slopes))
+
+    traces = []
+
+    @nnx.jit
+    def apply(layer, x):
+        traces.append(1)
+        return layer(x)
+
+    one, same, other = (apply(lightning(factor), x) for factor in (1, 1, 2))
+    assert len(traces) == 2
+    np.testing.assert_array_equal(one, same)
+    np.testing.assert_allclose(other, lightning(2)(x), atol=1e-6)
+    graph, weights = nnx.split(lightning(2))
+    merged = jax.jit(lambda graph, weights, x: nnx.merge(graph, weights)(x), static_argnums=0)
+    np.testing.assert_array_equal(merged(graph, weights, x), other)
+
+
 def test_an_op_is_no_name():
     with pytest.raises(TypeError, match=r"op: expected an op .* jattn.dot_product_attention, got 'softmax'"):
         as_attention_fn("softmax")
