@@ -48,7 +48,10 @@ def write_safetensors(weights: Any, path: Path, metadata: Mapping[str, str], dty
         return
     draft = path.with_name(path.name + ".tmp")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # that of any new file here; safetensors' own is for its owner alone
         safetensors.numpy.save_file(arrays, draft, dict(metadata))
+        draft.chmod(mode)
         os.replace(draft, path)
     except (OSError, safetensors.SafetensorError) as error:
         draft.unlink(missing_ok=True)

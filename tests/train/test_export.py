@@ -90,6 +90,12 @@ def test_the_file_is_read_by_safetensors_alone(tmp_path):
         assert bits(file.get_tensor("odd")) == bits(tree["odd"])
 
 
+def test_the_file_is_for_everyone_whom_the_folder_is_for(tmp_path):
+    write_safetensors({"w": jnp.arange(3.0)}, tmp_path / "a.safetensors", {})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_conversion_rounds_as_jax_does(tmp_path):
     tree = sharded_tree()
     write_safetensors(tree, tmp_path / "a.safetensors", {}, "bfloat16")
