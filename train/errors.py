@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -20,3 +21,15 @@ def user_errors(where: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A full disk, or a folder that became read-only, is a `UserError`: the same command goes on when it is mended."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to ({error.strerror or error}); free some space or mend the permissions, "
+            "then start again"
+        ) from error

@@ -16,7 +16,7 @@ from train import distributed, report
 from train.checkpoint import Checkpoints
 from train.config import CommonConfig, save_config
 from train.data.pipeline import TrainData
-from train.errors import UserError
+from train.errors import UserError, writing
 from train.export import write_safetensors
 from train.lock import lock
 from train.progress import Progress
@@ -164,9 +164,10 @@ def _finish(
     }
 
     def write() -> dict[str, Any]:
-        summary = found | task.finish(workdir, model, loaded, step, progress.say)
-        write_json(workdir / "summary.json", summary)
-        path = report.write_report(workdir)
+        with writing(workdir):
+            summary = found | task.finish(workdir, model, loaded, step, progress.say)
+            write_json(workdir / "summary.json", summary)
+            path = report.write_report(workdir)
         progress.say(f"{task.result(summary)} after {step} steps in {found['seconds']:.0f} s; report: {path}")
         return summary
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from train import distributed
-from train.errors import user_errors
+from train.errors import user_errors, writing
 from train.metrics import MetricsLog
 
 
@@ -24,14 +24,17 @@ class Records:
     def __init__(self, workdir: Path) -> None:
         self._log: MetricsLog | None = None
         self._events: Any = None
+        self._workdir = workdir
         self._folder = workdir / "events"
         if distributed.is_main():
-            with user_errors("metrics"):
+            with user_errors("metrics"), writing(workdir):
                 self._log = MetricsLog(workdir / "metrics.jsonl")
 
     def truncate(self, *, after: int) -> None:
         """Forget the steps beyond `after`, which are taken again."""
-        if self._log is not None:
+        if self._log is None:
+            return
+        with writing(self._workdir):
             self._log.truncate(after=after)
             self._close_events()
             self._open_events(after + 1)
@@ -40,15 +43,17 @@ class Records:
         """One row; see `MetricsLog.write`."""
         if self._log is None:
             return
-        self._log.write(step=step, seconds=seconds, **values)
-        if self._events is None:
-            self._open_events(None)
-        self._write_events(step, values)
+        with writing(self._workdir):
+            self._log.write(step=step, seconds=seconds, **values)
+            if self._events is None:
+                self._open_events(None)
+            self._write_events(step, values)
 
     def sync(self) -> None:
         """On disk, before a checkpoint says that these rows exist."""
         if self._log is not None:
-            self._log.sync()
+            with writing(self._workdir):
+                self._log.sync()
 
     def _open_events(self, first_step: int | None) -> None:
         from tensorboardX.event_file_writer import EventsWriter
@@ -82,6 +87,9 @@ class Records:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._log is not None:
-            self._log.close()
-        self._close_events()
+        with writing(self._workdir):  # what could not be written is tried again
+            try:
+                if self._log is not None:
+                    self._log.close()
+            finally:
+                self._close_events()

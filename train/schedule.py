@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from train.config import ScheduleConfig
-from train.errors import UserError
+from train.errors import UserError, writing
 
 
 def factor(schedule: ScheduleConfig, fraction: float) -> float:
@@ -57,6 +57,7 @@ class Clock:
         self._recorded: dict[int, float] = {}
         self._before = 0.0
         self._file = None
+        self._folder = journal.parent
         if schedule.seconds is not None:
             self._recorded = _read(journal)
             self._before = max(self._recorded.values(), default=0.0)
@@ -69,7 +70,8 @@ class Clock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with writing(self._folder):  # what could not be written is tried again
+                self._file.close()
 
     @property
     def seconds(self) -> float:
@@ -85,8 +87,9 @@ class Clock:
             # Milliseconds are plenty, and a short decimal reads back as the same float.
             self._recorded[step] = round(self.seconds, 3)
             assert self._file is not None
-            self._file.write(json.dumps({"step": step, "seconds": self._recorded[step]}) + "\n")
-            self._file.flush()
+            with writing(self._folder):
+                self._file.write(json.dumps({"step": step, "seconds": self._recorded[step]}) + "\n")
+                self._file.flush()
         return self._recorded[step] / self._schedule.seconds
 
 

@@ -38,7 +38,7 @@ from tests.train.runs import (
 from train import loop, trainer
 from train.__main__ import main
 from train.checkpoint import Checkpoints
-from train.config import load_recipe, parse_overrides
+from train.config import load_recipe, parse_overrides, read_config
 from train.errors import UserError
 from train.evaluate import place
 
@@ -254,6 +254,41 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(tmp_path):
     step = int(output.rpartition("the last sealed checkpoint is step ")[2].partition(";")[0])
     assert sealed(tmp_path)[-1].parent.name == f"step_{step:08d}"
     assert final_arrays(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "options"),
+    [
+        ("metrics.jsonl", "--schedule.steps 100000 --log-every 1"),
+        ("clock.jsonl", "--schedule.steps None --schedule.seconds 600 --log-every 100000"),
+    ],
+)
+def test_a_disk_that_is_full_between_two_checkpoints(written, options, tmp_path):
+    words = ("run pydoc_lm", TINY, STEPS, "--save-every-seconds inf --eval-every None", options)
+    process = start(*words, f"--workdir {tmp_path}")
+    file = tmp_path / written
+    wait_for(lambda: file.exists() and file.stat().st_size > 2**12, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**12, 2**12))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, output
+    assert f"error: {tmp_path}: cannot be written to (File too large); free some space" in output
+    assert "Traceback" not in output
+
+
+def test_a_disk_that_is_full_when_the_report_is_written(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+
+    def disk_full(workdir):
+        raise OSError(28, "No space left on device")
+
+    config = read_config(tmp_path / "config.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.report, "write_report", disk_full)
+        with pytest.raises(UserError, match=r"cannot be written to \(No space left on device"):
+            loop.run(config, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    assert loop.run(config, tmp_path)["steps"] == json.loads((whole / "summary.json").read_text())["steps"]
 
 
 def test_a_folder_that_becomes_read_only(tmp_path, monkeypatch):
