@@ -114,6 +114,17 @@ def on_mesh_of(arrays: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def over_mesh(f: Any, out_sharding: Any, *args: Any) -> Any:
+    """`f(*args)`; how it is split over explicit mesh axes, the compiler finds out, but for what it returns.
+
+    For sorting, gathers, scatters and sums of which JAX cannot say where they are.
+    """
+    axes = jax.sharding.get_abstract_mesh().explicit_axes
+    if axes:
+        f = jax.sharding.auto_axes(f, axes=axes, out_sharding=out_sharding)
+    return f(*args)
+
+
 def dispatch(op: str, implementations: Sequence[Implementation], choice: Choice, *arrays: Any, **options: Any) -> Any:
     """Run the implementation of `op` that `choice` names or, for `None`, the first that fits each platform.
 

@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from jattn.dispatch import over_mesh
 from jattn.neighborhood.arguments import Operands
 from jattn.neighborhood.permute import token_permute, token_unpermute
 from jattn.neighborhood.tiles import by_group
@@ -167,12 +168,8 @@ def _default_tile(axes: tuple[Axis, ...], is_keys: bool) -> tuple[int, ...]:
 # Compiled as one even when it is called eagerly, which else would compile every operation by itself.
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled(plan: _Plan, operands: Operands) -> tuple[Array, Array]:
-    attend = functools.partial(_attention, plan)
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    if axes:  # which tokens a tile gathers, the compiler has to find out
-        rows = P(*jax.typeof(operands.query).sharding.spec[:-1])
-        attend = jax.sharding.auto_axes(attend, axes=axes, out_sharding=(rows, rows))
-    return attend(operands)
+    rows = P(*jax.typeof(operands.query).sharding.spec[:-1])
+    return over_mesh(functools.partial(_attention, plan), (rows, rows), operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from jattn.blockwise import Operands, Pairs, Plan, Walk, block_size, walk_blocks
 from jattn.checks import accumulator_dtype, bind_shapes, check_array, check_flags, check_integer
-from jattn.dispatch import Choice, Implementation, dispatch
+from jattn.dispatch import Choice, Implementation, dispatch, over_mesh
 from jattn.dot_product import (
     SegmentIds,
     check_addend,
@@ -182,11 +182,8 @@ def _compiled(plan: Plan, operands: Operands, walk: BlockMask | Walk) -> tuple[A
             walk = _walk(walk)
         return walk_blocks(plan, operands, walk)
 
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    if axes:  # how batch rows with lists of their own are split, the compiler finds out
-        rows = P(*jax.typeof(operands.query).sharding.spec[:3])
-        attend = jax.sharding.auto_axes(attend, axes=axes, out_sharding=(rows, rows))
-    return attend(operands, walk)
+    rows = P(*jax.typeof(operands.query).sharding.spec[:3])
+    return over_mesh(attend, (rows, rows), operands, walk)
 
 
 def _walk(block_mask: BlockMask) -> Walk:

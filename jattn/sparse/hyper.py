@@ -38,7 +38,7 @@ from jattn.checks import (
     check_integer,
     check_values,
 )
-from jattn.dispatch import Choice, Implementation, dispatch
+from jattn.dispatch import Choice, Implementation, dispatch, over_mesh
 from jattn.dot_product import (
     check_query_key_value,
     dense_attention,
@@ -229,23 +229,16 @@ def _sampling_calls(plan: _Plan, q_len: int, kv_len: int) -> list[tuple[int, int
 def _sorted_blocks(
     query: Array, key: Array, value: Array, real: Array | None, proj_dir: Array, draws: tuple[Any, ...], *, plan: _Plan
 ) -> tuple[Array, Array]:
-    return _spread_over_mesh(functools.partial(_attend, plan), query, key, value, real, proj_dir, draws)
+    rows = P(*jax.typeof(query).sharding.spec[:3])
+    return over_mesh(functools.partial(_attend, plan), (rows, rows), query, key, value, real, proj_dir, draws)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _dense(
     query: Array, key: Array, value: Array, real: Array | None, proj_dir: Array, draws: tuple[Any, ...], *, plan: _Plan
 ) -> tuple[Array, Array]:
-    return _spread_over_mesh(functools.partial(_weighted, plan), query, key, value, real, proj_dir, draws)
-
-
-def _spread_over_mesh(attend: Any, query: Array, *rest: Any) -> tuple[Array, Array]:
-    """How sorting is split over explicit mesh axes, the compiler finds out."""
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    if axes:
-        rows = P(*jax.typeof(query).sharding.spec[:3])
-        attend = jax.sharding.auto_axes(attend, axes=axes, out_sharding=(rows, rows))
-    return attend(query, *rest)
+    rows = P(*jax.typeof(query).sharding.spec[:3])
+    return over_mesh(functools.partial(_weighted, plan), (rows, rows), query, key, value, real, proj_dir, draws)
 
 
 def _attend(

@@ -35,6 +35,7 @@ from jattn.checks import (
     check_floating,
     check_no_empty,
 )
+from jattn.dispatch import over_mesh
 
 Variant = Literal["google", "lucid"]
 VARIANTS: tuple[Variant, ...] = ("google", "lucid")
@@ -256,11 +257,7 @@ def commitment_error(
 # Compiled as one even when they are called eagerly, which else would compile every operation by itself.
 @functools.partial(jax.jit, static_argnames="variant")
 def _sums(means: Array, x: Array, mask: Array | None, *, variant: Variant) -> KMeansSums:
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    sum_up = functools.partial(_sum_up, variant)
-    if axes:  # how the tokens of all devices are summed, the compiler finds out
-        sum_up = jax.sharding.auto_axes(sum_up, axes=axes, out_sharding=KMeansSums(P(), P()))  # type: ignore[arg-type]
-    return sum_up(means, x, mask)
+    return over_mesh(functools.partial(_sum_up, variant), KMeansSums(P(), P()), means, x, mask)  # type: ignore[arg-type]
 
 
 def _sum_up(variant: Variant, means: Array, x: Array, mask: Array | None) -> KMeansSums:

@@ -41,10 +41,9 @@ from jattn.checks import (
     check_no_empty,
     check_same_dtype,
 )
-from jattn.dispatch import Choice, Implementation, dispatch
+from jattn.dispatch import Choice, Implementation, dispatch, over_mesh
 from jattn.dot_product import dot_product_attention, make_score, varying_alike
 from jattn.masks import Causal, Full, Mask, SlidingWindow
-from jattn.sparse.psa_importance import over_mesh
 
 QUERIES_AT_ONCE = 4096
 

@@ -28,9 +28,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jattn.checks import accumulator_dtype, check_causal_lengths, check_count, check_flags
+from jattn.dispatch import over_mesh
 from jattn.dot_product import make_score
 from jattn.sparse.kronecker import check_factors, factors_of
-from jattn.sparse.psa_importance import over_mesh
 
 NUMBERS_AT_ONCE = 2**20
 

@@ -45,7 +45,7 @@ from jattn.checks import (
     check_no_empty,
     check_same_dtype,
 )
-from jattn.dispatch import Choice, Implementation, dispatch, on_mesh_of
+from jattn.dispatch import Choice, Implementation, dispatch, on_mesh_of, over_mesh
 from jattn.dot_product import check_query_key_value, dot_product_attention, make_score, merge_attentions, varying_alike
 from jattn.sparse.pka_streams import (
     Outputs,
@@ -56,7 +56,6 @@ from jattn.sparse.pka_streams import (
     check_rule,
     check_streams,
 )
-from jattn.sparse.psa_importance import over_mesh
 
 Combine = Literal["add", "joint"]
 Normalization = Literal["minmax", "softmax"]

@@ -38,7 +38,7 @@ from jattn.checks import (
     check_no_empty,
     check_values,
 )
-from jattn.dispatch import Choice
+from jattn.dispatch import Choice, over_mesh
 from jattn.dot_product import check_query_key_value, make_score
 from jattn.masks import EMPTY, FULL, PARTIAL, Mask
 from jattn.sparse.block_mask import BlockMask, listed_kinds
@@ -46,7 +46,6 @@ from jattn.sparse.block_sparse import block_sparse_attention
 from jattn.sparse.psa_importance import (
     Sampled,
     check_pooled_block,
-    over_mesh,
     pad_blocks,
     psa_importance_antidiagonal,
     psa_importance_sampling,

@@ -34,6 +34,7 @@ from jattn.checks import (
     check_same_dtype,
     check_values,
 )
+from jattn.dispatch import over_mesh
 from jattn.dot_product import make_score
 
 Sampled = tuple[Int[Array, "B N mq"], Int[Array, "B K mk"]]
@@ -269,14 +270,6 @@ def _check_query_key(query: Any, key: Any) -> dict[str, int]:
     check_no_empty(sizes, "BTSNKH")
     check_grouped_heads(sizes["N"], sizes["K"])
     return sizes
-
-
-def over_mesh(f: Any, out_sharding: Any, *args: Any) -> Any:
-    """`f(*args)`; how it is split over explicit mesh axes, the compiler finds out, but for that of the result."""
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    if axes:
-        f = jax.sharding.auto_axes(f, axes=axes, out_sharding=out_sharding)
-    return f(*args)
 
 
 def heads_of(x: Array) -> P:

@@ -36,8 +36,9 @@ from jattn.checks import (
     check_integer,
     check_values,
 )
+from jattn.dispatch import over_mesh
 from jattn.masks import EMPTY, FULL, PARTIAL
-from jattn.sparse.psa_importance import over_mesh, psa_similarity
+from jattn.sparse.psa_importance import psa_similarity
 
 LEVELS = (0, 1, 2, 4, 8)
 Rule = Literal["topk", "thresholdbound", "energybound"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32
 
 from jattn.checks import accumulator_dtype
+from jattn.dispatch import over_mesh
 from jattn.sparse.kmeans import Variant, cluster_members, commitment_error, directions, route_scores
 
 EPS: dict[Variant, float] = {"google": 1e-2, "lucid": 1e-5}
@@ -105,26 +105,20 @@ def _route(plan: Plan, x: Operands) -> _Routed:
 
 @functools.partial(jax.jit, static_argnames="plan")
 def gathered_clusters(operands: Operands, *, plan: Plan) -> tuple[Array, RoutingAux | None]:
-    return _spread_over_mesh(functools.partial(_attend_clusters, plan), plan, operands)
+    return over_mesh(functools.partial(_attend_clusters, plan), _places(plan, operands), operands)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def dense_clusters(operands: Operands, *, plan: Plan) -> tuple[Array, RoutingAux | None]:
-    return _spread_over_mesh(functools.partial(_attend_everywhere, plan), plan, operands)
+    return over_mesh(functools.partial(_attend_everywhere, plan), _places(plan, operands), operands)
 
 
-def _spread_over_mesh(
-    attend: Callable[[Operands], Any], plan: Plan, operands: Operands
-) -> tuple[Array, RoutingAux | None]:
-    """How gathers and scatters are split over explicit mesh axes, the compiler finds out."""
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    if axes:
-        batch, length, heads = jax.typeof(operands.query).sharding.spec[:3]
-        rows, lists = P(batch, length, heads), P(batch, heads)
-        specs: Any = {"loss": P(), "query_members": lists, "key_members": lists, "clusters": rows}
-        aux = RoutingAux(**specs) if plan.return_aux else None
-        attend = jax.sharding.auto_axes(attend, axes=axes, out_sharding=(rows, aux))
-    return attend(operands)
+def _places(plan: Plan, operands: Operands) -> tuple[P, RoutingAux | None]:
+    """Where explicit mesh axes have what is returned."""
+    batch, length, heads = jax.typeof(operands.query).sharding.spec[:3]
+    rows, lists = P(batch, length, heads), P(batch, heads)
+    specs: Any = {"loss": P(), "query_members": lists, "key_members": lists, "clusters": rows}
+    return rows, RoutingAux(**specs) if plan.return_aux else None
 
 
 def _attend_clusters(plan: Plan, x: Operands) -> tuple[Array, RoutingAux | None]:

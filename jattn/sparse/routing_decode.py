@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from jattn.checks import accumulator_dtype, bind_shapes, check_count, check_floating, check_grouped_heads
+from jattn.dispatch import over_mesh
 from jattn.dot_product import check_addend
 from jattn.sparse.kmeans import check_means, directions, route_scores
 from jattn.sparse.routing_clusters import EPS, softmax_where
@@ -104,12 +105,8 @@ def routing_step(
     check_addend("means", means, query)
     check_grouped_heads(sizes["N"], sizes["K"])
     step = functools.partial(_step, check_count("window_size", window_size))
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    if axes:  # how gathers and scatters are split, the compiler finds out
-        kept = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, state)
-        out = P(*jax.typeof(query).sharding.spec[:2])
-        step = jax.sharding.auto_axes(step, axes=axes, out_sharding=(out, kept))
-    return step(query, value, means, state)
+    kept = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, state)
+    return over_mesh(step, (P(*jax.typeof(query).sharding.spec[:2]), kept), query, value, means, state)
 
 
 def _step(window: int, query: Array, value: Array, means: Array, state: RoutingCache) -> tuple[Array, RoutingCache]:
