@@ -119,20 +119,24 @@ def neighborhood_attention(
 
 def _of_rank(rank: int) -> Callable[..., Any]:
     """`neighborhood_attention` for grids of one rank."""
-    name = f"na{rank}d"
+    name, axes = f"na{rank}d", ", ".join("XYZ"[:rank])
 
     @functools.wraps(neighborhood_attention)
     def attend(query: Any, key: Any, value: Any, **options: Any) -> Any:
         found = check_grid("query", query)
         if found != rank:
             raise ValueError(
-                f"query: {name} takes a grid of {rank} axes, [B, {'XYZ'[:rank]}, N, H], got shape "
+                f"query: {name} takes a grid of {rank} axes, [B, {axes}, N, H], got shape "
                 f"{tuple(query.shape)} with {found}; neighborhood_attention takes any"
             )
         return neighborhood_attention(query, key, value, **options)
 
     attend.__name__ = attend.__qualname__ = name
-    attend.__doc__ = f"`neighborhood_attention` on a grid of {rank} axes, and no other."
+    attend.__doc__ = (
+        f"`neighborhood_attention` on a grid of {rank} axes, and no other: query `[B, {axes}, N, H]`, key and value "
+        f"`[B, {axes}, K, H or V]`.\n\n    The arguments, the result and the errors are those of "
+        "`neighborhood_attention`.\n    "
+    )
     return attend
 
 
