@@ -19,7 +19,7 @@ def drop_path(x: Float[Array, "B ..."], rate: float | Float[Array, ""], key: Arr
         return x
     keep = 1 - jnp.asarray(rate, jnp.float32)
     kept = jax.random.bernoulli(key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
-    return jnp.where(kept, x / keep.astype(x.dtype), 0)
+    return jnp.where(kept, (x / keep).astype(x.dtype), 0)
 
 
 def drop_path_rates(rate: float, depths: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
