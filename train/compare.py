@@ -246,7 +246,9 @@ def _folder(plan: Plan, name: str, number: int) -> Path:
 
 
 def _check_nothing_left_out(plan: Plan, numbers: Sequence[int], workdir: Path) -> None:
-    """Runs that `workdir` already compares must not vanish from its table."""
+    """Runs that `workdir` already compares must not vanish from its table, nor a run get others into its folder."""
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir}: holds a run; a comparison makes runs of its own, so choose another --workdir")
     with user_errors("--workdir"):
         before = read_json(workdir / "comparison.json") or {"runs": []}
     planned = {str(_folder(plan, name, number)) for name in plan.runs for number in numbers}

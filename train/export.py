@@ -56,7 +56,7 @@ def write_safetensors(weights: Any, path: Path, metadata: Mapping[str, str], dty
     except (OSError, safetensors.SafetensorError) as error:
         draft.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: the weights cannot be written ({error}); free some space or choose another --output"
+            f"{path}: the weights cannot be written ({error}); free some space or mend the permissions of its folder"
         ) from error
 
 

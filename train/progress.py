@@ -72,7 +72,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._step != self._shown_step:
+        if self._first is not None and self._step != self._shown_step:
             self._show()
         if self._live is not None:
             self._live.stop()

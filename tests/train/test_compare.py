@@ -196,6 +196,13 @@ def test_a_stopped_comparison_goes_on(runs, tmp_path, capsys):
     assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 6
 
 
+def test_the_folder_of_a_run_is_not_taken(runs, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert compare(tmp_path, f"pydoc_lm --mixers softmax --seeds 1 {STEPS}") == 2
+    assert f"{tmp_path}: holds a run" in capsys.readouterr().err
+    assert not runs.calls
+
+
 def test_runs_that_are_left_out_are_asked_for(runs, tmp_path, capsys):
     words = f"pydoc_lm {STEPS} --seeds"
     assert compare(tmp_path, f"{words} 2 --mixers softmax lightning") == 0

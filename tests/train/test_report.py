@@ -137,6 +137,13 @@ def test_a_log_gets_a_line_every_five_seconds_and_the_last_state(now):
     assert lines[-1] == ("77%  step 23/30  loss 1.250  1.80 bits/byte  held out 1.912  98.8k tokens/s  0:46  0:14 left")
 
 
+def test_a_run_that_was_at_its_end_claims_no_step():
+    file = io.StringIO()
+    with Progress(12, None, console=Console(file=file)) as shown:
+        shown.say("restored step 12")
+    assert file.getvalue() == "restored step 12\n"
+
+
 @pytest.mark.parametrize(
     ("width", "wanted"),
     [
