@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,11 +142,10 @@ class Sums(NamedTuple):
 class Way:
     """How a grid step is worked: after so many `halvings` one product has all the pairs that are left."""
 
-    def __init__(self, p: Problem, halvings: int, borders_ref: Any) -> None:
+    def __init__(self, p: Problem, halvings: int, borders_ref: Any, packings: Mapping[int, Packing] = {}) -> None:
         self.halvings = halvings
         self._p, self._borders = p, borders_ref
-        # By identity, for in a loop the number of a chunk is traced.
-        self._packings = dict[int, tuple[Any, Packing]]()
+        self._packings = {c: (c, packing) for c, packing in packings.items()}
 
     @property
     def together(self) -> int | None:
@@ -178,11 +177,11 @@ class Way:
         """Of chunk `c`, for all heads."""
         if self._borders is None:
             return None
-        if id(c) not in self._packings:
-            p, row = self._p, self._borders[0, c]
-            wide = max(p.tiling.chunk, p.width, p.value_width)
-            self._packings[id(c)] = c, Packing(column(row, wide), row)
-        return self._packings[id(c)][1]
+        # By identity in a loop, where the number of a chunk is traced.
+        key = c if isinstance(c, int) else id(c)
+        if key not in self._packings:
+            self._packings[key] = c, _packing_of(self._p, self._borders, c)
+        return self._packings[key][1]
 
     def reads(self, c: Any, x: jax.Array) -> jax.Array:
         """Rows of chunk `c`, with 0 for those that do not read the state before it."""
@@ -203,7 +202,10 @@ def by_strength(
         where the sums would fill slots that are idle: where products wait for each other.
     """
     chunk, least = p.tiling.chunk, _least_of_gates(p, gate_ref, step)
+    packings = dict[int, Packing]()
     if sums_ref is not None:
+        if borders_ref is not None:  # while sums wait for nothing
+            packings = {c: _packing_of(p, borders_ref, c) for c in range(p.tiling.chunks)}
         keep_all_sums(p, gate_ref, sums_ref, step)
         least = _least_of_sums(p, sums_ref)
 
@@ -213,10 +215,15 @@ def by_strength(
         pl.when(jnp.logical_not(moderate))(otherwise)
 
     def strong() -> None:
-        splits, all_pairs = (Way(p, n, borders_ref) for n in (SPLITS, chunk.bit_length() - 1))
+        splits, all_pairs = (Way(p, n, borders_ref, packings) for n in (SPLITS, chunk.bit_length() - 1))
         unless(chunk >> (SPLITS + 1), lambda: work(splits), lambda: work(all_pairs))
 
-    unless(chunk // 2, lambda: work(Way(p, 0, borders_ref)), strong)
+    unless(chunk // 2, lambda: work(Way(p, 0, borders_ref, packings)), strong)
+
+
+def _packing_of(p: Problem, borders_ref: Any, c: Any) -> Packing:
+    row = borders_ref[0, c]
+    return Packing(column(row, max(p.tiling.chunk, p.width, p.value_width)), row)
 
 
 def _least_of_gates(p: Problem, gate_ref: Any, step: Any) -> Callable[[int], jax.Array]:
