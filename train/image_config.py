@@ -6,8 +6,9 @@ import dataclasses
 from typing import ClassVar
 
 from jattn.models import vision
-from train.config import CommonConfig, OptimizerConfig, check_least, check_ranges
+from train.config import CommonConfig, OptimizerConfig
 from train.errors import UserError
+from train.values import check_least, check_ranges
 
 ADAMW = OptimizerConfig(name="adamw", learning_rate=0.002, weight_decay=0.05, b2=0.999)
 

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jattn.dot_product import dot_product_attention, merge_attentions
-from jattn.masks import Causal, Fn, Full, SlidingWindow
+from jattn.masks import Causal, Fn, SlidingWindow
 from jattn.sparse.block_mask import BlockMask
 from jattn.sparse.block_sparse import block_sparse_attention
 from pallas_kernels.block_sparse.dropout import factors as dropout_factors
@@ -183,25 +183,6 @@ def test_narrow_dtypes(dtype: str, tolerance: float):
         )
 
 
-@every_implementation
-def test_the_gradient_of_what_is_captured_in_short_floats_is_summed_long(implementation: str):
-    """Over all pairs; summed in bfloat16, it would stop growing where a term is less than its last bit."""
-    x = jax.tree.map(lambda a: jnp.asarray(a, "bfloat16"), inputs(397, 397)[:3])
-    table = jnp.asarray(np.random.default_rng(1).standard_normal((N, 5)), "bfloat16")
-
-    @quick_jit
-    def gradient(table: Any, x: Any) -> Any:
-        def loss(table: Any) -> Any:
-            mod = lambda score, b, h, q, k, table: score + table[h, (q - k) % 5]  # noqa: E731
-            options: Any = {"score_mod": mod, "captured": (table,), "implementation": implementation}
-            return jnp.sum(jnp.square(block_sparse_attention(*x, Causal(), **options).astype(jnp.float32)))
-
-        return jax.grad(loss)(table).astype(jnp.float32)
-
-    want = gradient(table.astype(jnp.float32), jax.tree.map(lambda a: a.astype(jnp.float32), x))
-    assert np.linalg.norm(gradient(table, x) - want) < 2e-2 * np.linalg.norm(want)
-
-
 @pytest.mark.parametrize("mask", [Causal(4), Causal() & SlidingWindow(5) | ~Causal(20), SlidingWindow(3, 30)], ids=str)
 def test_a_symbolic_mask_is_its_blocks_and_that_of_dot_product_attention(mask: Any):
     x = inputs(dtype=np.float32)
@@ -359,46 +340,6 @@ def test_short_lengths(implementation: str, q_len: int, kv_len: int):
         assert_close(
             derivatives(functools.partial(call, block_mask=block_mask, implementation=implementation))(x), wanted
         )
-
-
-# Score functions
-
-
-@every_implementation
-def test_a_score_function_may_mask_and_be_wild_where_masked(implementation: str):
-    def mod(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any) -> Any:
-        return jnp.where((q_pos + kv_pos) % 3 == 0, -jnp.inf, score * jnp.sqrt(q_pos - kv_pos + 0.0))  # NaN above
-
-    with jax.enable_x64(True):
-        x = inputs(T, T)
-        t, s = np.arange(T)[:, None], np.arange(T)
-        seen = (s <= t) & ((t + s) % 3 != 0)
-
-        def wanted(x: Inputs) -> Any:
-            roots = np.sqrt(np.maximum(t - s, 0))
-            key = jnp.repeat(x.key, 2, 2)
-            z = jnp.einsum("btnh,bsnh->bnts", x.query, key) * H**-0.5 * roots
-            z = jnp.where(seen, z, -1e30)
-            p = jnp.where(seen, jax.nn.softmax(z, axis=-1), 0)
-            lse = jnp.where(seen.any(1), jax.nn.logsumexp(z, axis=-1), -jnp.inf)
-            return jnp.einsum("bnts,bsnv->btnv", p, jnp.repeat(x.value, 2, 2)), jnp.moveaxis(lse, 1, 2)
-
-        def run(x: Inputs) -> Any:
-            options: Any = {"score_mod": mod, "return_lse": True, "implementation": implementation}
-            return block_sparse_attention(*x[:3], Causal(), **options)
-
-        assert_close(derivatives(run)(x), derivatives(wanted)(x))
-
-
-def test_a_score_function_may_read_what_is_constant():
-    slopes = jnp.arange(6.0)
-    x = inputs(dtype=np.float32)
-
-    def mod(score: Any, b: Any, h: Any, q_pos: Any, kv_pos: Any) -> Any:
-        return score + slopes[h]
-
-    got = quick_jit(lambda x: block_sparse_attention(*x[:3], Full(), score_mod=mod))(x)
-    assert_close(got, quick_jit(lambda x: block_sparse_attention(*x[:3], Full()))(x), 2e-6)
 
 
 # Dropout
