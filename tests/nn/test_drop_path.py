@@ -1,6 +1,7 @@
 """Stochastic depth: whole rows, right on average, more often the deeper the block."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +24,13 @@ def test_without_a_key_or_a_chance_nothing_changes(dtype):
     y = drop_path(x, 0.0, jax.random.key(1))
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(y.astype("float32"), x.astype("float32"))
+
+
+def test_kept_rows_of_short_floats_are_divided_by_the_rate_itself():
+    """0.9 is 0.8984375 in bfloat16, and 3 divided by that another number than by 0.9."""
+    x = jnp.full((64, 1), 3.0, jnp.bfloat16)
+    y = drop_path(x, 0.1, jax.random.key(0))
+    assert set(np.unique(y.astype("float32"))) == {0, float(jnp.asarray(3.0 / 0.9, jnp.bfloat16))}
 
 
 def test_rates_grow_over_all_blocks():

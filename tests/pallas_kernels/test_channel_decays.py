@@ -221,6 +221,16 @@ def test_a_split_at_its_limit(op):
 
 
 @each_op
+@pytest.mark.parametrize(("share", "way"), [(0.9, MODERATE), (1.1, SPLIT)])
+def test_the_limit_in_bfloat16(op, share, way):
+    """Where sums are those of binary logarithms."""
+    arguments, cotangents = in_bfloat16(op)
+    arguments[3] = of_halves(-share * LIMIT, width=16, at=(..., slice(3)))
+    assert_near_in_bfloat16(pairs(kernel(op), arguments, cotangents))
+    assert {taken for _, taken in TAKEN} == {way}
+
+
+@each_op
 @pytest.mark.parametrize("chunks", [3, 4])
 def test_chunks_in_a_loop(op, chunks):
     """One by one, and two by two."""
